@@ -1,0 +1,27 @@
+// Dispatch: ids -> the plan. No data is copied except by gather.
+#pragma once
+#include <ATen/core/Tensor.h>
+#include <c10/core/SymInt.h>
+
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+namespace fastmoe_cpp {
+
+// topk_ids [T, K] -> (slot_index [T*K], token_slot [T, K], expert_offsets [E + 1], all int32; tokens_per_expert [E] int64).
+// Expert e owns slots expert_offsets[e] .. expert_offsets[e + 1], in order of the pair index t*K + k that slot_index
+// holds; token_slot is the inverse, -1 where a pair is dropped: by an id of -1, by padding_mask [T] (True = padding) or
+// by capacity, which keeps the first (drop_policy "position") or the heaviest ("probs") pairs of an expert.
+// tokens_per_expert counts the pairs that asked for an expert before capacity dropped any.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
+    const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& topk_weights = std::nullopt,
+    std::optional<c10::SymInt> capacity = std::nullopt, std::string_view drop_policy = "position",
+    const std::optional<at::Tensor>& padding_mask = std::nullopt);
+
+// hidden_states [T, H] -> rows [T*K, H] in expert order; rows past expert_offsets[E] are zero.
+at::Tensor gather(const at::Tensor& hidden_states, const at::Tensor& slot_index, const at::Tensor& token_slot,
+                  const at::Tensor& expert_offsets);
+at::Tensor gather_backward(const at::Tensor& grad_rows, const at::Tensor& token_slot);
+
+}  // namespace fastmoe_cpp
