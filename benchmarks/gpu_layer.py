@@ -34,7 +34,8 @@ SHAPES = {
     "olmoe": (16384, 2048, 1024, 64, 8),
 }  # fmt: skip
 FINE_GRAINED = "1.4B-n256,7B-n256,7B-n512,30B-n256,qwen3-30b"
-DECODE = {f"{name}@{t}": (t, *shape) for name, shape in {"qwen3-30b": (2048, 768, 128, 8), "mixtral-8x7b": (4096, 14336, 8, 2)}.items() for t in (1, 16, 64, 256)}  # fmt: skip
+DECODE_SHAPES = {"qwen3-30b": (2048, 768, 128, 8), "mixtral-8x7b": (4096, 14336, 8, 2)}
+DECODE = {f"{name}@{t}": (t, *shape) for name, shape in DECODE_SHAPES.items() for t in (1, 16, 64, 256)}
 Peer = tuple[list[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]]
 
 
@@ -241,15 +242,20 @@ def measure(layer: Layer, peer: str, reps: int, train: bool, details: bool) -> d
     return row
 
 
+def step_flops(row: dict) -> float:
+    T, H, I, _, K = row["sizes"]
+    return 18.0 * T * H * I * K
+
+
 def table(rows: list[dict]) -> str:
-    heads = ["shape", "peer", "fwd ms", "step ms", "kernels ms", "graph ms", "step TFLOP/s", "of bound", "kept MiB", "error"]  # fmt: skip
+    heads = ["shape", "peer", "fwd ms", "step ms", "kernels ms", "graph ms"]
+    heads += ["step TFLOP/s", "of bound", "kept MiB", "error"]
     bounds = {r["shape"]: r["step_ms"] for r in rows if r["peer"] == "bound"}
     lines = []
     for r in rows:
         if "failed" in r:
             lines.append([r["shape"], r["peer"], r["failed"][:80]] + [""] * 7)
             continue
-        T, H, I, E, K = r["sizes"]
         best = r.get("kernels_step_ms")
 
         def show(key: str, digits: int = 3, r: dict = r) -> str:
@@ -258,7 +264,7 @@ def table(rows: list[dict]) -> str:
         lines.append([
             r["shape"], r["peer"], show("forward_ms"), show("step_ms"),
             show("kernels_step_ms") or show("kernels_forward_ms"), show("graph_ms"),
-            f"{18 * T * I * H * K / best / 1e9:.0f}" if best else "",
+            f"{step_flops(r) / best / 1e9:.0f}" if best else "",
             f"{bounds[r['shape']] / best:.2f}" if best and r["shape"] in bounds else "",
             show("kept_mib", 0), show("error", 4),
         ])  # fmt: skip
@@ -279,8 +285,7 @@ def plot(rows: list[dict], device: str, path: Path) -> None:
         return
     fig, ax = plt.subplots(figsize=(max(7, 1.1 * len(shapes) + 2), 4.5), constrained_layout=True)
     for i, peer in enumerate(peers):
-        rate = {r["shape"]: 18 * r["sizes"][0] * r["sizes"][1] * r["sizes"][2] * r["sizes"][4] / r["kernels_step_ms"] / 1e9
-                for r in rows if r["peer"] == peer}  # fmt: skip
+        rate = {r["shape"]: step_flops(r) / r["kernels_step_ms"] / 1e9 for r in rows if r["peer"] == peer}
         at = [s + (i - (len(peers) - 1) / 2) * 0.8 / len(peers) for s in range(len(shapes))]
         color = "0.75" if peer == "bound" else f"C{i}"
         ax.bar(at, [rate.get(s, 0) for s in shapes], 0.8 / len(peers), label=peer, color=color)
@@ -336,11 +341,13 @@ def main(argv: list[str] | None = None) -> None:
             except Exception as error:  # a peer may refuse a shape; the others still count
                 row["failed"] = f"{type(error).__name__}: {error}".splitlines()[0]
             rows.append(row)
-            print(json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k != "kernels"}), flush=True)  # fmt: skip
+            short = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items() if k != "kernels"}
+            print(json.dumps(short), flush=True)
     device = torch.cuda.get_device_name()
     print(f"\n{device}, torch {torch.__version__}, {date.today()}\n{table(rows)}")
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.with_suffix(".json").write_text(json.dumps({"device": device, "torch": torch.__version__, "date": str(date.today()), "rows": rows}, indent=1))  # fmt: skip
+    record = {"device": device, "torch": torch.__version__, "date": str(date.today()), "rows": rows}
+    args.out.with_suffix(".json").write_text(json.dumps(record, indent=1))
     plot(rows, device, args.out.with_suffix(".png"))
 
 
