@@ -1,0 +1,111 @@
+"""Hidden states to K weights and K expert ids a token."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .config import MoEConfig
+from .losses import sum_over_ranks
+from .outputs import RouterOutput
+
+
+class Router(nn.Module):
+    """The router of a MoEConfig: ``weight [E, H]``, where configured ``bias [E]`` and the buffer ``expert_bias [E]``.
+
+    ``tokens_per_expert [E]`` int64 counts the choices of training since the last ``update_expert_bias()``. It is not
+    saved. A pass that activation checkpointing runs again during backward does not count a second time.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    expert_bias: Tensor | None
+    tokens_per_expert: Tensor | None
+
+    def __init__(
+        self, config: MoEConfig, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        experts, router = config.num_experts, config.router
+        self.weight = nn.Parameter(torch.empty(experts, config.hidden_size, device=device, dtype=dtype))
+        bias = nn.Parameter(torch.empty(experts, device=device, dtype=dtype)) if router.bias else None
+        self.register_parameter("bias", bias)
+        expert_bias = torch.zeros(experts, device=device, dtype=torch.float32) if router.expert_bias else None
+        self.register_buffer("expert_bias", expert_bias)
+        counted = router.expert_bias or router.balance_loss == "global"
+        counts = torch.zeros(experts, device=device, dtype=torch.int64) if counted else None
+        self.register_buffer("tokens_per_expert", counts, persistent=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Weights from a normal distribution of standard deviation initializer_range; biases and counts are 0."""
+        self.weight.normal_(0.0, self.config.initializer_range)
+        for zero in (self.bias, self.expert_bias, self.tokens_per_expert):
+            if zero is not None:
+                zero.zero_()
+
+    def _apply(self, fn, recurse: bool = True):
+        # layer.to(bfloat16) is about weights: steps of 1e-3 are lost in a 16-bit bias
+        before = self.expert_bias
+        super()._apply(fn, recurse)
+        if before is not None and self.expert_bias.dtype not in (torch.float32, torch.float64):
+            self.expert_bias = before.to(self.expert_bias.device)
+        return self
+
+    def jitter(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states * U[1 - jitter_eps, 1 + jitter_eps] in training, itself otherwise."""
+        eps = self.config.router.jitter_eps
+        if not self.training or eps == 0:
+            return hidden_states
+        return hidden_states * torch.empty_like(hidden_states).uniform_(1.0 - eps, 1.0 + eps)
+
+    def choose(self, hidden_states: Tensor, topk_ids: Tensor | None = None) -> RouterOutput:
+        """forward without jitter."""
+        c = self.config.router
+        if c.dtype == torch.float64:
+            hidden_states = hidden_states.double()
+        logits = ops.router_logits(hidden_states, self.weight, self.bias)
+        if c.dtype in (torch.bfloat16, torch.float16) and logits.dtype != torch.float64:
+            logits = logits.to(c.dtype).float()
+        selection = None
+        if c.sinkhorn and self.training and topk_ids is None:
+            selection = ops.sinkhorn(logits, c.sinkhorn_iterations, c.sinkhorn_tolerance)
+        weights, ids, scores = ops.route(
+            logits,
+            self.config.top_k,
+            expert_bias=self.expert_bias,
+            selection_scores=selection,
+            topk_ids=topk_ids,
+            score_function=c.score_function,
+            scores_after_topk=c.scores_after_topk,
+            renormalize=c.renormalize,
+            renormalize_epsilon=c.renormalize_epsilon,
+            scaling_factor=c.scaling_factor,
+            num_groups=c.num_groups,
+            topk_groups=c.topk_groups,
+            group_score=c.group_score,
+        )
+        return RouterOutput(logits, weights, ids, scores)
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor | None = None) -> RouterOutput:
+        """Routes hidden_states [T, H]; given topk_ids [T, K] are replayed, with weights from the logits of now."""
+        return self.choose(self.jitter(hidden_states), topk_ids)
+
+    @torch.no_grad()
+    def update_expert_bias(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """See MoE.update_expert_bias."""
+        if self.tokens_per_expert is None:
+            return
+        c = self.config.router
+        if self.expert_bias is not None:
+            counts = sum_over_ranks(self.tokens_per_expert, group)
+            ops.update_expert_bias(self.expert_bias, counts, c.expert_bias_update_rate, c.expert_bias_zero_mean)
+        self.tokens_per_expert.zero_()
+
+    def extra_repr(self) -> str:
+        """Sizes for repr()."""
+        c = self.config
+        return f"hidden_size={c.hidden_size}, num_experts={c.num_experts}, top_k={c.top_k}"
