@@ -1,0 +1,280 @@
+#include "router.cuh"
+
+#include <algorithm>
+
+namespace fastmoe_cpp::cuda {
+namespace {
+
+constexpr size_t kSharedBytes = 48 * 1024;
+constexpr int kWarps = 4;  // tokens a block, where shared memory allows
+
+// Offsets into one warp's shared memory, in bytes.
+struct RouteLayout {
+  int values, keys, groups, chosen, kept, bytes = 0;
+  int take(int64_t n) {
+    const int at = bytes;
+    bytes += static_cast<int>(ceil_div(n, 16) * 16);
+    return at;
+  }
+};
+
+// Which groups keep their keys: kept[G] from the ordered keys [E]; groups[G] is scratch.
+template <typename A>
+__device__ void rank_groups(const RouteParams& p, const Key<A>* keys, Key<A>* groups, bool* kept) {
+  const int size = p.experts / p.num_groups;
+  for (int g = lane_id(); g < p.num_groups; g += kWarp) {
+    Key<A> first = 0, second = 0;
+    for (int i = 0, at = g % size; i < size; ++i, at = at + 1 == size ? 0 : at + 1) {  // rotated: no bank conflicts
+      const Key<A> key = max(keys[g * size + at], ordered_key(-A(INFINITY)));          // a NaN cannot win its group
+      second = key > first ? first : max(second, key);
+      first = max(first, key);
+    }
+    const bool both = p.group_rank == GroupRank::top2_sum && size > 1;
+    groups[g] = both ? ordered_key(number_of(first) + number_of(second)) : first;
+  }
+  __syncwarp();
+  for (int g = lane_id(); g < p.num_groups; g += kWarp) {
+    int better = 0;
+    for (int other = 0; other < p.num_groups; ++other)
+      better += groups[other] > groups[g] || (groups[other] == groups[g] && other < g);
+    kept[g] = better < p.topk_groups;
+  }
+  __syncwarp();
+}
+
+// The ordered selection keys of a lane's experts.
+template <typename A, int N>
+__device__ __forceinline__ void selection_keys(const RouteParams& p, const RouteLayout& layout, unsigned char* shared,
+                                               int64_t t, bool wide, const A (&logit)[N], const A (&score)[N],
+                                               Key<A> (&key)[N]) {
+  const int first = lane_id() * N;
+  A number[N];
+  if (p.selection_scores) {
+    load_mine<N>(static_cast<const A*>(p.selection_scores) + t * p.experts, first, p.experts, wide, number);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) number[i] = p.weighting.after_topk ? logit[i] : score[i];
+  }
+  if (p.expert_bias) {
+    A bias[N];
+    load_mine<N>(static_cast<const A*>(p.expert_bias), first, p.experts, wide, bias);
+#pragma unroll
+    for (int i = 0; i < N; ++i) number[i] += bias[i];
+  }
+#pragma unroll
+  for (int i = 0; i < N; ++i) key[i] = first + i < p.experts ? ordered_key(number[i]) : Key<A>(0);
+  if (p.num_groups == 1) return;
+
+  Key<A>* keys = reinterpret_cast<Key<A>*>(shared + layout.keys);
+  bool* kept = reinterpret_cast<bool*>(shared + layout.kept);
+#pragma unroll
+  for (int i = 0; i < N; ++i)
+    if (first + i < p.experts) keys[first + i] = key[i];
+  __syncwarp();
+  rank_groups<A>(p, keys, reinterpret_cast<Key<A>*>(shared + layout.groups), kept);
+  const int size = p.experts / p.num_groups;
+  int group = first / size, left = size - first % size;
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (first + i < p.experts && !kept[group] && key[i] != kNanKey) key[i] = ordered_key(-A(INFINITY));
+    if (--left == 0) left = size, ++group;
+  }
+}
+
+// One warp a token.
+template <typename T, int N>
+__global__ void __launch_bounds__(kWarps* kWarp)
+    route_kernel(const RouteParams p, const RouteLayout layout, const bool wide) {
+  using A = Acc<T>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int warp = threadIdx.x / kWarp, first = lane_id() * N;
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
+  if (t >= p.tokens) return;
+  unsigned char* mine = shared + warp * layout.bytes;
+  A* values = reinterpret_cast<A*>(mine + layout.values);
+  int16_t* chosen = reinterpret_cast<int16_t*>(mine + layout.chosen);
+  const T* row = static_cast<const T*>(p.logits) + t * p.experts;
+
+  A logit[N], score[N];
+  load_mine<N>(row, first, p.experts, wide, logit);
+  const bool nan_row = score_row(p.weighting.score, logit, score);
+  Key<A> key[N];
+  if (!p.replay_ids) selection_keys(p, layout, mine, t, wide, logit, score, key);
+  if (nan_row) fill(score, A(NAN));
+  store_mine<N>(static_cast<A*>(p.scores) + t * p.experts, first, p.experts, wide, score);
+  store_mine<N>(values, first, p.experts, wide, score);
+  if (!p.replay_ids) select_top<A, N>(key, p.top_k, chosen);
+  __syncwarp();
+
+  const auto id_of = [&](int k) -> int {
+    return p.replay_ids ? static_cast<int>(p.replay_ids[t * p.top_k + k]) : chosen[k];
+  };
+  if (p.replay_ids)
+    for (int k = lane_id(); k < p.top_k; k += kWarp)
+      require_expert_id(t * p.top_k + k, p.replay_ids[t * p.top_k + k], p.experts);
+  const Selected selected(p.weighting, p.top_k, id_of, values, row);
+  for (int k = lane_id(); k < p.top_k; k += kWarp) {
+    const int id = id_of(k);
+    static_cast<A*>(p.topk_weights)[t * p.top_k + k] = id < 0 ? A(0) : selected.weight(selected.value(id));
+    p.topk_ids[t * p.top_k + k] = id;
+  }
+}
+
+// One warp a token. adds[e] collects, in order of k, what the selected experts' weights ask of e's score (of its logit
+// under after_topk); score_row's derivative then takes scores to logits.
+template <typename T, int N>
+__global__ void __launch_bounds__(kWarps* kWarp) route_backward_kernel(const RouteBackwardParams p, const bool wide) {
+  using A = Acc<T>;
+  extern __shared__ __align__(16) unsigned char shared[];
+  const int lane = lane_id(), warp = threadIdx.x / kWarp, first = lane * N;
+  const int64_t t = static_cast<int64_t>(blockIdx.x) * (blockDim.x / kWarp) + warp;
+  if (t >= p.tokens) return;
+  const int padded = (p.experts + 3) / 4 * 4;
+  A* values = reinterpret_cast<A*>(shared) + warp * 2 * padded;
+  A* adds = values + padded;
+  const T* row = static_cast<const T*>(p.logits) + t * p.experts;
+  const Weighting& w = p.weighting;
+
+  A logit[N], score[N], grad[N];
+  load_mine<N>(row, first, p.experts, wide, logit);
+  if (score_row(w.score, logit, score)) fill(score, A(NAN));
+  store_mine<N>(values, first, p.experts, wide, score);
+  fill(grad, A(0));
+  store_mine<N>(adds, first, p.experts, wide, grad);
+  __syncwarp();
+
+  if (p.grad_topk_weights) {
+    const int64_t* ids = p.topk_ids + t * p.top_k;
+    const A* grad_weights = static_cast<const A*>(p.grad_topk_weights) + t * p.top_k;
+    for (int k = lane; k < p.top_k; k += kWarp) require_expert_id(t * p.top_k + k, ids[k], p.experts);
+    const auto id_of = [&](int k) { return static_cast<int>(ids[k]); };
+    const Selected selected(w, p.top_k, id_of, values, row);
+    const auto sum_over = [&](auto&& term) {
+      A sum = 0;
+      for (int k = lane; k < p.top_k; k += kWarp)
+        if (id_of(k) >= 0) sum += term(k);
+      return warp_sum(sum);
+    };
+    const A scaling = static_cast<A>(w.scaling);
+    A mean = 0, inner = 0;
+    if (w.renormalize)
+      mean = sum_over([&](int k) { return grad_weights[k] * scaling * selected.value(id_of(k)); }) / selected.total;
+    const auto grad_value = [&](int k) { return (grad_weights[k] * scaling - mean) / selected.total; };
+    const bool softmax_after = w.after_topk && w.score == Score::softmax;
+    if (softmax_after) inner = sum_over([&](int k) { return grad_value(k) * selected.value(id_of(k)); });
+    for (int k0 = 0; k0 < p.top_k; k0 += kWarp) {
+      int id = -1;
+      A add = 0;
+      if (k0 + lane < p.top_k) {
+        id = id_of(k0 + lane);
+        if (id >= 0) {
+          add = grad_value(k0 + lane);
+          const A value = selected.value(id);
+          if (softmax_after) add = value * (add - inner);
+          else if (w.after_topk) add *= score_slope(w.score, to_acc(row[id]), value);
+        }
+      }
+      for (int j = 0; j < min(kWarp, p.top_k - k0); ++j) {  // in order of k; ids may repeat
+        const int to = __shfl_sync(kAllLanes, id, j);
+        const A much = __shfl_sync(kAllLanes, add, j);
+        if (to >= 0 && to % kWarp == lane) adds[to] += much;
+      }
+    }
+    __syncwarp();
+  }
+
+  A direct[N];
+  load_mine<N>(adds, first, p.experts, wide, direct);
+  if (p.grad_scores)
+    load_mine<N>(static_cast<const A*>(p.grad_scores) + t * p.experts, first, p.experts, wide, grad);
+#pragma unroll
+  for (int i = 0; i < N; ++i) {
+    if (first + i >= p.experts) direct[i] = grad[i] = 0;
+    if (!w.after_topk) grad[i] += direct[i], direct[i] = 0;
+  }
+  if (p.grad_scores || !w.after_topk) {
+    A inner = 0;
+    if (w.score == Score::softmax) {
+#pragma unroll
+      for (int i = 0; i < N; ++i) inner += grad[i] * score[i];
+      inner = warp_sum(inner);
+    }
+#pragma unroll
+    for (int i = 0; i < N; ++i)
+      direct[i] += w.score == Score::softmax ? score[i] * (grad[i] - inner)
+                                             : grad[i] * score_slope(w.score, logit[i], score[i]);
+  }
+  store_mine<N>(static_cast<T*>(p.grad_logits) + t * p.experts, first, p.experts, wide, direct);
+}
+
+__global__ void __launch_bounds__(256) split_bf16_kernel(const SplitParams p) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  if (i >= p.outer * p.inner) return;
+  float rest = p.in[i];
+  __nv_bfloat16* out = static_cast<__nv_bfloat16*>(p.out) + i / p.inner * p.parts * p.inner + i % p.inner;
+  for (int part = 0; part < p.parts; ++part) {
+    const __nv_bfloat16 x = __float2bfloat16_rn(rest);
+    out[part * p.inner] = x;
+    // infinite or NaN: all of it is in the first part
+    rest = isfinite(__bfloat162float(x)) ? rest - __bfloat162float(x) : 0.0f;
+  }
+}
+
+// f(N) for N experts a lane. The rarer types have fewer variants, to keep the build short.
+template <typename T, int N = 1, typename F>
+cudaError_t with_experts(int experts, F&& f) {
+  constexpr bool built = std::is_same_v<T, float> || N == 2 || N == 8 || N == 32;
+  if constexpr (N < 32)
+    if (!built || experts > N * kWarp) return with_experts<T, 2 * N>(experts, f);
+  if constexpr (built) return f(std::integral_constant<int, N>{});
+}
+
+template <typename T, int N>
+bool rows_are_wide(int experts, std::initializer_list<const void*> narrow, std::initializer_list<const void*> acc) {
+  const auto all = [](auto list, size_t bytes) {
+    return std::all_of(list.begin(), list.end(), [&](const void* p) { return aligned_to(p, bytes); });
+  };
+  return experts % kRowVector<T, N> == 0 && all(narrow, sizeof(T) * kRowVector<T, N>) && all(acc, 16);
+}
+
+}  // namespace
+
+cudaError_t route(const RouteParams& p, cudaStream_t stream) {
+  if (p.tokens == 0) return cudaSuccess;
+  return with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    RouteLayout layout{};
+    const bool grouped = p.num_groups > 1;
+    layout.values = layout.take(p.experts * sizeof(Acc<T>));
+    layout.keys = layout.take(grouped ? p.experts * sizeof(Acc<T>) : 0);
+    layout.groups = layout.take(grouped ? p.num_groups * sizeof(Acc<T>) : 0);
+    layout.chosen = layout.take(p.top_k * sizeof(int16_t));
+    layout.kept = layout.take(grouped ? p.num_groups : 0);
+    const int warps = std::min<int>(kWarps, kSharedBytes / layout.bytes);
+    return with_experts<T>(p.experts, [&](auto n) {
+      const bool wide = rows_are_wide<T, n()>(p.experts, {p.logits}, {p.scores, p.selection_scores, p.expert_bias});
+      return launch(route_kernel<T, n()>, ceil_div(p.tokens, warps), warps * kWarp, warps * layout.bytes, stream, p,
+                    layout, wide);
+    });
+  });
+}
+
+cudaError_t route_backward(const RouteBackwardParams& p, cudaStream_t stream) {
+  if (p.tokens == 0) return cudaSuccess;
+  return with_dtype(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const size_t bytes = 2 * ((p.experts + 3) / 4 * 4) * sizeof(Acc<T>);
+    const int warps = std::min<int>(kWarps, kSharedBytes / bytes);
+    return with_experts<T>(p.experts, [&](auto n) {
+      const bool wide = rows_are_wide<T, n()>(p.experts, {p.logits, p.grad_logits}, {p.grad_scores});
+      return launch(route_backward_kernel<T, n()>, ceil_div(p.tokens, warps), warps * kWarp, warps * bytes, stream, p, wide);
+    });
+  });
+}
+
+cudaError_t split_bf16(const SplitParams& p, cudaStream_t stream) {
+  if (p.outer * p.inner == 0) return cudaSuccess;
+  return launch(split_bf16_kernel, ceil_div(p.outer * p.inner, 256), 256, 0, stream, p);
+}
+
+}  // namespace fastmoe_cpp::cuda
