@@ -3,8 +3,11 @@ fastmoe_cpp/_C, the pybind11 module over it.
 
 The CUDA half is built where a GPU is visible or FORCE_CUDA=1 is set, and never where FORCE_CUDA=0 is.
 TORCH_CUDA_ARCH_LIST names the architectures (default "8.0;9.0a"), MAX_JOBS the parallel compilations.
+Objects stay in build/<torch and Python version>, so that every way of building compiles only what changed.
 """
 
+import fcntl
+import fcntl
 import os
 import platform
 import re
@@ -17,8 +20,10 @@ try:
     import torch
     from torch.utils import cpp_extension
 except ImportError:
-    sys.exit("fastmoe_cpp is compiled against torch, which is not installed here: run `pip install torch` first, "
-             "then `pip install --no-build-isolation .`")
+    sys.exit(
+        "fastmoe_cpp is compiled against torch, which is not installed here: run `pip install torch` first, "
+        "then `pip install --no-build-isolation .`"
+    )
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
@@ -26,12 +31,31 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 os.chdir(ROOT)
 LIBRARY = "fastmoe_cpp.libfastmoe_cpp"
+#: What C++ users include. Every other header is ours to change.
+PUBLIC_HEADERS = ["fastmoe_cpp.h", *(f"ops/{op}.h" for op in ("router", "dispatch", "experts", "combine", "losses"))]
+PUBLIC_HEADERS += sorted(str(p.relative_to(ROOT / "csrc")) for p in ROOT.glob("csrc/nn/*.h"))
 
 
 def nvcc() -> str | None:
     home = cpp_extension.CUDA_HOME
     path = Path(home, "bin", "nvcc") if home else None
     return str(path) if path and path.exists() else None
+
+
+def lacks_for_cuda() -> str | None:
+    """What keeps the CUDA half from being compiled here, or None."""
+    if torch.version.cuda is None:
+        return "this torch is a CPU build: install a CUDA build of torch"
+    if nvcc() is None:
+        return "nvcc was not found: install the CUDA toolkit or set CUDA_HOME"
+    text = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
+    toolkit = re.search(r"release (\d+)\.(\d+)", text)
+    if toolkit and toolkit[1] != torch.version.cuda.split(".")[0]:
+        return (
+            f"nvcc is of CUDA {toolkit[1]}.{toolkit[2]} and torch was built for CUDA {torch.version.cuda}: "
+            "the major versions must be equal"
+        )
+    return None
 
 
 def wants_cuda() -> bool:
@@ -42,17 +66,7 @@ def wants_cuda() -> bool:
     if asked != "1" and not torch.cuda.is_available():
         print("fastmoe_cpp: no GPU is visible: building the CPU half only (FORCE_CUDA=1 builds the CUDA half too)")
         return False
-    lacks = None
-    if torch.version.cuda is None:
-        lacks = "this torch is a CPU build: install a CUDA build of torch"
-    elif nvcc() is None:
-        lacks = "nvcc was not found: install the CUDA toolkit or set CUDA_HOME"
-    else:
-        text = subprocess.run([nvcc(), "--version"], capture_output=True, text=True, check=True).stdout
-        toolkit = re.search(r"release (\d+)\.(\d+)", text)
-        if toolkit and toolkit[1] != torch.version.cuda.split(".")[0]:
-            lacks = (f"nvcc is of CUDA {toolkit[1]}.{toolkit[2]} and torch was built for CUDA {torch.version.cuda}: "
-                     "the major versions must be equal")
+    lacks = lacks_for_cuda()
     if lacks and asked == "1":
         sys.exit(f"fastmoe_cpp: FORCE_CUDA=1 asks for the CUDA half, but {lacks}")
     if lacks:
@@ -61,10 +75,17 @@ def wants_cuda() -> bool:
 
 
 def limit_jobs() -> None:
-    """A compilation against torch's headers takes up to 3 GB, so memory limits the jobs as well as cores."""
-    if "MAX_JOBS" not in os.environ:
-        gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-        os.environ["MAX_JOBS"] = str(max(1, min(len(os.sched_getaffinity(0)), int(gib / 3))))
+    """A compilation against torch's headers takes up to 2 GB, so memory limits the jobs as well as cores."""
+    if "MAX_JOBS" in os.environ:
+        return
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1]) * 1024
+    for limit in (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes")):
+        if limit.exists() and limit.read_text().strip().isdigit():
+            available = min(available, int(limit.read_text()))
+    os.environ["MAX_JOBS"] = str(max(1, min(len(os.sched_getaffinity(0)), available // (2 * 2**30))))
 
 
 def extensions(cuda: bool) -> list:
@@ -75,29 +96,48 @@ def extensions(cuda: bool) -> list:
     macros, libraries = [], ["c10", "torch", "torch_cpu"]
     if cuda:
         hopper = any(a.startswith("9.0a") for a in architectures)
-        sources += [p for p in ROOT.glob("csrc/cuda/**/*.cpp")]
-        sources += [p for p in ROOT.glob("csrc/cuda/**/*.cu") if hopper or "sm90" not in p.parts]
+        kernels = [p for p in ROOT.glob("csrc/cuda/**/*") if p.suffix in (".cpp", ".cu")]
+        sources += [p for p in kernels if hopper or "sm90" not in p.parts]
         macros += [("FASTMOE_CUDA", f'"{torch.version.cuda}"')] + ([("FASTMOE_SM90", None)] if hopper else [])
         libraries += ["c10_cuda", "torch_cuda", "cudart"]
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    optimise = ["-O3", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
+    # Python is often configured with -g, with which torch's headers take two and a half times as long to compile
+    optimise = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
     flags = {"cxx": optimise, "nvcc": ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]}
     headers = [str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".cuh")]
-
-    def relative(paths):
-        return sorted(str(p.relative_to(ROOT)) for p in paths)
-
-    library = kind(LIBRARY, relative(sources), define_macros=macros, extra_compile_args=flags, depends=headers,
-                   extra_link_args=["-fopenmp", "-Wl,-soname,libfastmoe_cpp.so"])
+    library = kind(
+        LIBRARY,
+        sorted(str(p.relative_to(ROOT)) for p in sources),
+        define_macros=macros,
+        extra_compile_args=flags,
+        depends=headers,
+        extra_link_args=["-fopenmp", "-Wl,-soname,libfastmoe_cpp.so"],
+    )
     library.libraries = libraries
-    module = cpp_extension.CppExtension("fastmoe_cpp._C", ["csrc/module.cpp"], define_macros=macros,
-                                        extra_compile_args={"cxx": ["-O2", "-Wall"]}, depends=headers)
+    module = cpp_extension.CppExtension(
+        "fastmoe_cpp._C",
+        ["csrc/module.cpp"],
+        define_macros=macros,
+        extra_compile_args={"cxx": ["-O2", "-g0", "-Wall"]},
+        depends=headers,
+    )
     module.libraries += ["fastmoe_cpp"]
     module.runtime_library_dirs = ["$ORIGIN"]
     return [library, module]
 
 
+def build_base(cuda: bool) -> str:
+    return f"build/torch{torch.__version__.split('+')[0]}-{sys.implementation.cache_tag}{'-cuda' if cuda else ''}"
+
+
 class Build(cpp_extension.BuildExtension):
+    def finalize_options(self):
+        super().finalize_options()
+        if self.editable_mode:
+            # setuptools gives an editable install temporary folders, which would compile everything every time
+            base = Path(self.get_finalized_command("build").build_base)
+            self.build_lib, self.build_temp = str(base / "lib"), str(base / "temp")
+
     def get_ext_filename(self, fullname):
         if fullname.split(".")[-1] == LIBRARY.split(".")[-1]:
             return os.path.join(*fullname.split(".")) + ".so"
@@ -111,28 +151,48 @@ class Build(cpp_extension.BuildExtension):
         super().build_extension(ext)
 
     def run(self):
-        super().run()
+        base = Path(self.build_temp).parent
+        base.mkdir(parents=True, exist_ok=True)
+        with open(base / "lock", "w") as lock:  # two builds at once in one folder would write each other's objects
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            super().run()
         package = Path(self.get_ext_fullpath(LIBRARY)).resolve().parent
         write_record(package / "_build.py", any(name == "FASTMOE_CUDA" for name, _ in self.extensions[0].define_macros))
+        if self.inplace:
+            link(package / "include" / "fastmoe_cpp", ROOT / "csrc")
+            link(package / "share" / "cmake" / "fastmoe_cpp", ROOT / "cmake")
 
 
 class BuildPy(build_py):
     """Also installs the headers and the CMake package for C++ users."""
 
     def run(self):
+        package = Path(self.build_lib) / "fastmoe_cpp"
+        if not self.editable_mode and package.exists():
+            # the folder is kept between builds for its libraries; a file that has gone from the sources must go here
+            for old in [p for p in package.rglob("*") if p.is_file() and p.suffix != ".so"]:
+                old.unlink()
         super().run()
         if not self.editable_mode:
-            install_headers(Path(self.build_lib) / "fastmoe_cpp")
+            for header in PUBLIC_HEADERS:
+                copy(ROOT / "csrc" / header, package / "include" / "fastmoe_cpp" / header)
+            for script in ROOT.glob("cmake/*.cmake"):
+                copy(script, package / "share" / "cmake" / "fastmoe_cpp" / script.name)
 
 
-def install_headers(package: Path) -> None:
-    include = package / "include" / "fastmoe_cpp"
-    for source in [*ROOT.glob("csrc/ops/*.h"), *ROOT.glob("csrc/nn/*.h"), ROOT / "csrc/activation.h"]:
-        target = include / source.relative_to(ROOT / "csrc")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, target)
-    if (ROOT / "cmake").exists():
-        shutil.copytree(ROOT / "cmake", package / "share" / "cmake" / "fastmoe_cpp", dirs_exist_ok=True)
+def copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def link(path: Path, target: Path) -> None:
+    """Gives an editable install the folders of an installed one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+    path.symlink_to(os.path.relpath(target, path.parent))
 
 
 def write_record(path: Path, cuda: bool) -> None:
@@ -147,4 +207,9 @@ def write_record(path: Path, cuda: bool) -> None:
 
 
 limit_jobs()
-setup(ext_modules=extensions(wants_cuda()), cmdclass={"build_ext": Build, "build_py": BuildPy})
+cuda = wants_cuda()
+setup(
+    ext_modules=extensions(cuda),
+    cmdclass={"build_ext": Build, "build_py": BuildPy},
+    options={"build": {"build_base": build_base(cuda)}},
+)
