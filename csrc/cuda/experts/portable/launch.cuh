@@ -1,0 +1,48 @@
+// Configuration -> launch, for one kind of product and one element type a file.
+#pragma once
+#include <atomic>
+
+#include "gemm.cuh"
+#include "launch.h"
+
+namespace fastmoe_cpp::cuda::portable {
+
+template <class Traits>
+cudaError_t launch_gemm(const Configuration& c, const Arguments& args, cudaStream_t stream) {
+  const auto kernel = grouped_gemm<Traits>;
+  // Shared memory above 48 KiB must be asked for, once a device.
+  static std::atomic<int64_t> allowed[64];
+  int device = 0;
+  if (const cudaError_t e = cudaGetDevice(&device)) return e;
+  if (device >= 64 || allowed[device].load(std::memory_order_relaxed) < c.shared_bytes) {
+    if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                   static_cast<int>(c.shared_bytes)))
+      return e;
+    if (device < 64) allowed[device].store(c.shared_bytes, std::memory_order_relaxed);
+  }
+  return fastmoe_cpp::cuda::launch(kernel, c.grid, dim3(Traits::kThreads), c.shared_bytes, stream, args, c.stages);
+}
+
+template <Kind kKind, class T>
+cudaError_t launch(const Configuration& c, bool vectorised, const Arguments& args, cudaStream_t stream) {
+  if constexpr (sizeof(T) == 2) {
+    if (!vectorised) return launch_gemm<Traits<kKind, T, false, 64, 128, 2, 2, 3>>(c, args, stream);
+    switch (c.tiling) {
+      case Tiling::small:
+        if constexpr (kKind == Kind::up || kKind == Kind::linear) {
+          return launch_gemm<Traits<kKind, T, true, 16, 64, 1, 4, 4>>(c, args, stream);
+        } else {
+          return cudaErrorInvalidValue;
+        }
+      case Tiling::pair: return launch_gemm<Traits<kKind, T, true, 128, 128, 2, 2, 2>>(c, args, stream);
+      case Tiling::large: return launch_gemm<Traits<kKind, T, true, 128, 256, 2, 4, 1>>(c, args, stream);
+      default: return launch_gemm<Traits<kKind, T, true, 64, 128, 2, 2, 3>>(c, args, stream);
+    }
+  } else {
+    constexpr int kTileM = sizeof(T) == 4 ? 64 : 32;
+    if (vectorised) return launch_gemm<Traits<kKind, T, true, kTileM, 128, 2, 2, 2>>(c, args, stream);
+    return launch_gemm<Traits<kKind, T, false, kTileM, 128, 2, 2, 2>>(c, args, stream);
+  }
+}
+
+}  // namespace fastmoe_cpp::cuda::portable

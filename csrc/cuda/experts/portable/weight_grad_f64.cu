@@ -1,0 +1,5 @@
+#include "launch.cuh"
+
+namespace fastmoe_cpp::cuda::portable {
+template cudaError_t launch<Kind::weight_grad, double>(const Configuration&, bool, const Arguments&, cudaStream_t);
+}  // namespace fastmoe_cpp::cuda::portable
