@@ -1,0 +1,276 @@
+"""Trains the language model with both kinds of MoE layer side by side, step by step, and keeps what happened."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from text_data import BadInput, Batches, Text, even_windows
+from text_model import LoopMoE, TextModel
+from torch import Tensor
+
+from fastmoe_cpp import MoE, MoEConfig, RouterConfig
+
+OURS, LOOP = "fastmoe_cpp", "torch loop"
+FORMAT = "fastmoe_cpp train_text, version 1"
+#: The two loss curves must be this close, relative, over that many first steps (float32).
+AGREEMENT, AGREEMENT_STEPS = 1e-4, 100
+HELD_OUT_WINDOWS = 32
+GRADIENT_CLIP = 1.0
+FINAL_LEARNING_RATE = 0.1
+#: Steps at a run's start whose times are not counted.
+UNTIMED_STEPS = 5
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the numbers of a run, beside the text and the machine."""
+
+    steps: int
+    seed: int
+    layers: int
+    hidden_size: int
+    heads: int
+    experts: int
+    top_k: int
+    expert_size: int
+    context: int
+    batch_size: int
+    learning_rate: float
+    warmup: int
+    weight_decay: float
+    balance_loss: float
+    dtype: str
+    eval_every: int
+    compare: bool
+    compile: bool
+    checkpoint_activations: bool
+    deterministic: bool
+
+    def moe(self) -> MoEConfig:
+        # renormalised, the weight of a single expert would be a constant 1 and teach the router nothing
+        router = RouterConfig(balance_loss_coefficient=self.balance_loss, renormalize=self.top_k > 1)
+        return MoEConfig(self.hidden_size, self.expert_size, self.experts, self.top_k, router)
+
+    def check(self) -> None:
+        """Raises BadInput, one sentence, for values the model can't have."""
+        for name in ("steps", "layers", "heads", "context", "batch_size", "eval_every"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % (2 * self.heads):
+            raise BadInput(
+                f"--hidden-size must be a multiple of 2 * --heads = {2 * self.heads}, got {self.hidden_size}"
+            )
+        if not self.learning_rate > 0 or self.weight_decay < 0 or self.warmup < 0:
+            raise BadInput(
+                "--learning-rate must be above 0, --weight-decay and --warmup at least 0, "
+                f"got {self.learning_rate}, {self.weight_decay} and {self.warmup}"
+            )
+        try:
+            self.moe()
+        except ValueError as error:
+            raise BadInput(str(error)) from None
+
+    def learning_rate_at(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a tenth; step counts from 0."""
+        if step < self.warmup:
+            return self.learning_rate * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.learning_rate * (
+            FINAL_LEARNING_RATE + (1 - FINAL_LEARNING_RATE) * (1 + math.cos(math.pi * progress)) / 2
+        )
+
+
+def bits(nats: float) -> float:
+    return nats / math.log(2)
+
+
+class Learner:
+    """One model, its optimizer, and one step of training."""
+
+    def __init__(self, name: str, settings: Settings, device: torch.device) -> None:
+        self.name, self.settings, self.device = name, settings, device
+        s = settings
+        torch.manual_seed(s.seed)
+        self.model = TextModel(
+            MoE if name == OURS else LoopMoE, s.moe(), layers=s.layers, heads=s.heads, context=s.context,
+            checkpoint_activations=s.checkpoint_activations,
+        ).to(device)  # fmt: skip
+        # the loop's shapes depend on the data, so it can't be one graph
+        self.run = torch.compile(self.model, fullgraph=name == OURS) if s.compile else self.model
+        matrices = [p for p in self.model.parameters() if p.dim() > 1]
+        vectors = [p for p in self.model.parameters() if p.dim() <= 1]
+        groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(0.9, 0.95), fused=True)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        if self.settings.dtype == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def step(self, windows: Tensor, learning_rate: float) -> dict[str, Any]:
+        """Trains on windows [B, context + 1]; the loss in bits a byte, the balance loss, the load and the seconds."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.wait()
+        start = time.perf_counter()
+        with self.autocast():
+            out = self.run(windows[:, :-1])
+            loss = F.cross_entropy(out.logits.flatten(0, 1), windows[:, 1:].flatten())
+        (loss + out.aux_loss).backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.wait()
+        seconds = time.perf_counter() - start
+        return {
+            "bits_per_byte": bits(loss.item()),
+            "balance_loss": out.balance_loss.item(),
+            "seconds": seconds,
+            "tokens_per_expert": out.tokens_per_expert.tolist(),
+        }
+
+    def wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    @torch.no_grad()
+    def held_out(self, windows: Tensor) -> float:
+        """Bits a byte over windows [N, context + 1]."""
+        self.model.eval()
+        total = 0.0
+        with self.autocast():
+            for part in windows.split(self.settings.batch_size):
+                logits = self.model(part[:, :-1]).logits
+                total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
+        self.model.train()
+        return bits(total / windows[:, 1:].numel())
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far apart the two loss curves are, relative, over the first steps."""
+
+    steps: int
+    largest: float
+    at_step: int
+
+    @property
+    def ok(self) -> bool:
+        return self.largest <= AGREEMENT  # False for a NaN
+
+
+def relative_gaps(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    """(step, |ours - loop| / |loop|) of every step both models took."""
+    gaps = []
+    for record in history:
+        if record["kind"] == "step" and LOOP in record:
+            ours, loop = record[OURS]["bits_per_byte"], record[LOOP]["bits_per_byte"]
+            gaps.append((record["step"], abs(ours - loop) / abs(loop)))
+    return gaps
+
+
+def agreement(history: list[dict[str, Any]]) -> Agreement | None:
+    """Over the first AGREEMENT_STEPS steps; None where only one model was trained."""
+    gaps = [g for g in relative_gaps(history) if g[0] <= AGREEMENT_STEPS]
+    if not gaps:
+        return None
+    # a NaN is the worst gap of all
+    step, largest = max(gaps, key=lambda gap: math.inf if math.isnan(gap[1]) else gap[1])
+    return Agreement(len(gaps), largest, step)
+
+
+def tokens_per_second(history: list[dict[str, Any]], settings: Settings, name: str) -> float:
+    """From the median time of a step, the first few left out."""
+    seconds = [r[name]["seconds"] for r in history if r["kind"] == "step" and name in r]
+    seconds = seconds[UNTIMED_STEPS:] or seconds
+    return settings.batch_size * settings.context / statistics.median(seconds)
+
+
+class Training:
+    """Both learners, the order of the data, and the history of the run; all of it goes into a checkpoint."""
+
+    def __init__(self, settings: Settings, text: Text, device: torch.device, data: str | None) -> None:
+        self.settings, self.text, self.device, self.data = settings, text, device, data
+        self.learners = [Learner(name, settings, device) for name in ([OURS, LOOP] if settings.compare else [OURS])]
+        first = self.learners[0].model.state_dict()
+        for other in self.learners[1:]:
+            other.model.load_state_dict(first)
+        self.batches = Batches(text.train, settings.batch_size, settings.context, settings.seed)
+        self.windows = even_windows(text.held_out, settings.context, HELD_OUT_WINDOWS).to(device)
+        self.done = 0
+        self.history: list[dict[str, Any]] = []
+        torch.manual_seed(settings.seed)
+
+    def step(self) -> dict[str, Any]:
+        """One step of every model on the same batch; who goes first alternates."""
+        windows = self.batches.next().to(self.device)
+        learning_rate = self.settings.learning_rate_at(self.done)
+        order = self.learners if self.done % 2 == 0 else self.learners[::-1]
+        results = {learner.name: learner.step(windows, learning_rate) for learner in order}
+        self.done += 1
+        record = {"kind": "step", "step": self.done, "learning_rate": learning_rate, **results}
+        self.history.append(record)
+        return record
+
+    def evaluate(self) -> dict[str, Any]:
+        record = {"kind": "held_out", "step": self.done}
+        record |= {learner.name: learner.held_out(self.windows) for learner in self.learners}
+        self.history.append(record)
+        return record
+
+    def save(self, path: Path) -> None:
+        """Everything that decides the next step; the file appears whole or not at all."""
+        state = {
+            "format": FORMAT,
+            "settings": asdict(self.settings),
+            "text": self.text.fingerprint,
+            "source": self.text.source,
+            "data": self.data,
+            "device": self.device.type,
+            "step": self.done,
+            "models": {learner.name: learner.model.state_dict() for learner in self.learners},
+            "optimizers": {learner.name: learner.optimizer.state_dict() for learner in self.learners},
+            "batches": self.batches.state(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
+            "history": json.dumps(self.history),
+        }
+        part = path.with_name(path.name + ".part")
+        torch.save(state, part)
+        os.replace(part, path)
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Goes on where `state`, which read_checkpoint returned, was saved."""
+        for learner in self.learners:
+            learner.model.load_state_dict(state["models"][learner.name])
+            learner.optimizer.load_state_dict(state["optimizers"][learner.name])
+        self.batches.restore(state["batches"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
+        self.done = state["step"]
+        self.history = json.loads(state["history"])
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint of Training.save, or BadInput."""
+    if not path.is_file():
+        raise BadInput(f"--resume: there is no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a file that is not a checkpoint makes the unpickler raise
+        raise BadInput(f"--resume: {path} is not a checkpoint ({type(error).__name__})") from None
+    found = state.get("format") if isinstance(state, dict) else None
+    if found != FORMAT or set(state["settings"]) != {f.name for f in fields(Settings)}:
+        raise BadInput(f"--resume: {path} is not a checkpoint of this program ('{FORMAT}'), its format is {found!r}")
+    return state
