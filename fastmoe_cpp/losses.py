@@ -14,7 +14,9 @@ form            share of choices                                         as in
 'global'        n / sum(n), counted over micro-batches and ranks         Megatron-LM's global_aux_loss
 ==============  =======================================================  ==========================================
 
-A perfectly even router has a loss of 1 ('huggingface': K). The choices have no gradient; the probabilities have.
+A perfectly even router has a loss of 1 ('huggingface': K). The choices have no gradient; the probabilities have. A
+layer counts the choices its probabilities alone would make, without selection bias, groups or Sinkhorn; 'global' counts
+what was routed.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def balance_loss(
     top_k = topk_ids.shape[-1]
     topk_ids = topk_ids.reshape(sequences, length, top_k)
     if padding_mask is None:
-        tokens: Tensor | int = torch.sym_max(length, 1)
+        tokens: Tensor | int = max(length, 1)
     else:
         padding_mask = padding_mask.reshape(sequences, length)
         tokens = (~padding_mask).sum(dim=1, keepdim=True).clamp(min=1)

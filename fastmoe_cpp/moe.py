@@ -111,10 +111,9 @@ class MoE(nn.Module):
     ) -> tuple[Tensor, RouterOutput, DispatchPlan]:
         c = self.config
         dtype = x.dtype
-        routed = self.router.jitter(x)
         if c.router.jitter_experts:
-            x = routed
-        routing = self.router.choose(routed, topk_ids)
+            x = self.router.jitter(x)
+        routing = self.router(x, topk_ids, jitter=not c.router.jitter_experts)
         # float64 routing of narrower experts
         weights = routing.topk_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
         plan = ops.dispatch(
@@ -143,7 +142,7 @@ class MoE(nn.Module):
             probs = torch.softmax(routing.logits, dim=-1)
         else:
             probs = losses.probabilities(routing.scores, router.score_function)
-        if self.router.expert_bias is not None or router.num_groups > 1 or router.sinkhorn:
+        if form != "global" and (router.expert_bias or router.num_groups > 1 or router.sinkhorn):
             # the choices the probabilities alone would make
             ids = ops.route(probs.detach(), c.top_k, scores_after_topk=True)[1]
         global_counts = None

@@ -437,7 +437,7 @@ def _layer_losses(
     elif r.score_function != "softmax":
         probs = probs / (probs.sum(dim=-1, keepdim=True) + 1e-20)
     ids = routing.topk_ids
-    if r.expert_bias or r.num_groups > 1 or r.sinkhorn:
+    if form != "global" and (r.expert_bias or r.num_groups > 1 or r.sinkhorn):
         # the choices the probabilities alone would make
         ids = select_experts(probs, config.top_k)
     if form == "switch":

@@ -62,9 +62,14 @@ class Router(nn.Module):
             return hidden_states
         return hidden_states * torch.empty_like(hidden_states).uniform_(1.0 - eps, 1.0 + eps)
 
-    def choose(self, hidden_states: Tensor, topk_ids: Tensor | None = None) -> RouterOutput:
-        """forward without jitter."""
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor | None = None, *, jitter: bool = True) -> RouterOutput:
+        """Routes hidden_states [T, H]; given topk_ids [T, K] are replayed, with weights from the logits of now.
+
+        jitter=False is for hidden_states that jitter() made.
+        """
         c = self.config.router
+        if jitter:
+            hidden_states = self.jitter(hidden_states)
         if c.dtype == torch.float64:
             hidden_states = hidden_states.double()
         logits = ops.router_logits(hidden_states, self.weight, self.bias)
@@ -89,10 +94,6 @@ class Router(nn.Module):
             group_score=c.group_score,
         )
         return RouterOutput(logits, weights, ids, scores)
-
-    def forward(self, hidden_states: Tensor, topk_ids: Tensor | None = None) -> RouterOutput:
-        """Routes hidden_states [T, H]; given topk_ids [T, K] are replayed, with weights from the logits of now."""
-        return self.choose(self.jitter(hidden_states), topk_ids)
 
     @torch.no_grad()
     def update_expert_bias(self, group: torch.distributed.ProcessGroup | None = None) -> None:
