@@ -1,0 +1,33 @@
+// act_grad: gathered rows of grad_output times down, the activation's gradient in the epilogue.
+#pragma once
+#include "launch.cuh"
+
+namespace fastmoe_cpp::cuda::sm90 {
+
+template <class G>
+cudaError_t run_act_grad(const ActGradParams& p, float* partial, cudaStream_t stream) {
+  const ExpertShape& shape = p.shape;
+  Arguments<G> args = arguments<G>(shape, p.plan);
+  FASTMOE_RETURN_IF_ERROR(encode(&args.b_map, down_view(shape, p.down), 64));
+  args.gathered = p.grad_output;
+  args.gathered_columns = shape.hidden;
+  args.k_size = static_cast<int>(shape.hidden);
+  args.n_size = static_cast<int>(shape.intermediate);
+  args.n_tiles = static_cast<int>(ceil_div(shape.intermediate, G::kN));
+  args.epilogue = {p.pre_activation, p.grad_pre, p.scaled_act, partial, shape.weight_on_input ? nullptr : p.plan.weights,
+                   shape.slots(), args.n_size, shape.activation, shape.alpha, shape.limit};
+  return launch<G>(args, shape.slots(), stream);
+}
+
+template <typename T, bool kGated, bool kSwiGLU>
+using ActGradGemm =
+    Gemm<T, Load::gathered_rows, Load::columns, false, 2, 128, 1, false, ActGradEpilogue<kGated, kSwiGLU>>;
+
+template <typename T>
+cudaError_t launch_act_grad(const ActGradParams& p, float* partial, cudaStream_t stream) {
+  if (p.shape.activation == Activation::SwiGLU) return run_act_grad<ActGradGemm<T, true, true>>(p, partial, stream);
+  return is_gated(p.shape.activation) ? run_act_grad<ActGradGemm<T, true, false>>(p, partial, stream)
+                                      : run_act_grad<ActGradGemm<T, false, false>>(p, partial, stream);
+}
+
+}  // namespace fastmoe_cpp::cuda::sm90

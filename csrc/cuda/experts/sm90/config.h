@@ -1,0 +1,30 @@
+// Which tiles a product runs with: a pure function of its shape, for the launches, the tests and whoever asks why.
+#pragma once
+#include <string>
+
+#include "../experts.h"
+
+namespace fastmoe_cpp::cuda::sm90 {
+
+enum class Product : int { up, down, act_grad, input_grad, gate_up_weight_grad, down_weight_grad };
+
+enum class Tiling : int {
+  narrow,       // 64 x 64 a warpgroup, ping-pong: few rows an expert, bound by reading weights
+  square,       // 128 x 128 a warpgroup, ping-pong: the epilogue is hidden and has registers to work with
+  wide,         // 128 x 192 a warpgroup, ping-pong: the epilogue is hidden
+  cooperative,  // 128 x 256 a pair of warpgroups: least traffic, epilogue exposed
+};
+
+struct Configuration {
+  Tiling tiling;
+  int tile_rows, tile_columns;  // of the product: slots (weight gradients: output rows) by columns of B's rows
+};
+
+Configuration configure(Product, const ExpertShape&);
+std::string explain(Product, const ExpertShape&);  // one line
+
+#ifdef FASTMOE_SM90_TUNE
+extern int forced_tiling;  // a Tiling, or -1; for benchmarks that compare tilings
+#endif
+
+}  // namespace fastmoe_cpp::cuda::sm90

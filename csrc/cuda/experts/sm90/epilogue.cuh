@@ -1,0 +1,408 @@
+// What happens to a tile's accumulators. A thread of a wgmma holds, in each block of 8 columns b, columns
+// 2q and 2q + 1 (q = lane % 4) of rows lane / 4 and lane / 4 + 8: accumulators 4b + 2h + {0, 1} for row half h.
+// Four blocks are transposed within each quad of lanes, so that a lane holds 8 consecutive columns: 16-byte accesses.
+#pragma once
+#include "../../../activation.h"
+#include "gemm.cuh"
+
+namespace fastmoe_cpp::cuda::sm90 {
+
+// v[i] of lane q becomes v[q] of lane i, within each quad.
+__device__ __forceinline__ void transpose_quad(uint32_t (&v)[4]) {
+  const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+  uint32_t a = __shfl_xor_sync(0xFFFFFFFF, odd ? v[0] : v[1], 1), b = __shfl_xor_sync(0xFFFFFFFF, odd ? v[2] : v[3], 1);
+  v[0] = odd ? a : v[0], v[1] = odd ? v[1] : a;
+  v[2] = odd ? b : v[2], v[3] = odd ? v[3] : b;
+  a = __shfl_xor_sync(0xFFFFFFFF, high ? v[0] : v[2], 2), b = __shfl_xor_sync(0xFFFFFFFF, high ? v[1] : v[3], 2);
+  v[0] = high ? a : v[0], v[2] = high ? v[2] : a;
+  v[1] = high ? b : v[1], v[3] = high ? v[3] : b;
+}
+
+template <typename T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  if constexpr (std::is_same_v<T, __half>) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  } else {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(reinterpret_cast<const __half2&>(word));
+  } else {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u)};
+  }
+}
+
+// An accumulator's bits. The compiler sees no plain cast here: it would carry the accumulators as integers through the main
+// loop, and the moves would make the wgmmas wait for each other.
+__device__ __forceinline__ uint32_t bits_of(float accumulator) {
+  uint32_t bits;
+  asm("mov.b32 %0, %1;" : "=r"(bits) : "f"(accumulator));
+  return bits;
+}
+
+__device__ __forceinline__ void store_16(void* destination, const uint32_t (&v)[4]) {
+  *reinterpret_cast<uint4*>(destination) = make_uint4(v[0], v[1], v[2], v[3]);
+}
+
+__device__ __forceinline__ float fast_sigmoid(float x) { return __fdividef(1.0f, 1.0f + __expf(-x)); }
+
+template <Activation kActivation>
+__device__ __forceinline__ float value_of(float gate, float up, float alpha, float limit) {
+  if constexpr (kActivation == Activation::SwiGLU) return gate * fast_sigmoid(gate) * up;
+  return activate<kActivation, float>(gate, up, alpha, limit);
+}
+
+template <Activation kActivation>
+__device__ __forceinline__ ActivationGrad<float> gradient_of(float gate, float up, float grad, float alpha, float limit) {
+  if constexpr (kActivation == Activation::SwiGLU) {
+    const float s = fast_sigmoid(gate), value = gate * s;
+    return {value * up, grad * up * (s + value * (1.0f - s)), grad * value};
+  }
+  return activate_backward<kActivation, float>(gate, up, grad, alpha, limit);
+}
+
+template <Activation kActivation>
+using ActivationTag = std::integral_constant<Activation, kActivation>;
+
+// Runs body(ActivationTag<A>) for the activation at hand; swiglu alone where kSwiGLU, so that the common kernel is small.
+template <bool kGated, bool kSwiGLU, class Body>
+__device__ __forceinline__ void with_activation(Activation activation, Body&& body) {
+  if constexpr (kSwiGLU) {
+    body(ActivationTag<Activation::SwiGLU>{});
+  } else if constexpr (kGated) {
+    switch (activation) {
+      case Activation::GeGLU: return body(ActivationTag<Activation::GeGLU>{});
+      case Activation::GeGLUTanh: return body(ActivationTag<Activation::GeGLUTanh>{});
+      case Activation::ReGLU: return body(ActivationTag<Activation::ReGLU>{});
+      default: return body(ActivationTag<Activation::ClampedSwiGLU>{});
+    }
+  } else {
+    switch (activation) {
+      case Activation::SiLU: return body(ActivationTag<Activation::SiLU>{});
+      case Activation::GELU: return body(ActivationTag<Activation::GELU>{});
+      case Activation::GELUTanh: return body(ActivationTag<Activation::GELUTanh>{});
+      case Activation::ReLU: return body(ActivationTag<Activation::ReLU>{});
+      default: return body(ActivationTag<Activation::ReLU2>{});
+    }
+  }
+}
+
+// Row of the tile of this thread's row half h of block m.
+__device__ __forceinline__ int row_of(int first_row, int m, int h) {
+  return first_row + m * 64 + ((threadIdx.x >> 5) & 3) * 16 + ((threadIdx.x & 31) >> 2) + 8 * h;
+}
+
+// Packs 32 columns of one row half and stores them; `row` points to the group's first column.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_group(const float (&accumulators)[kCount], int block, int h, T* row, int column, int columns,
+                                            bool valid) {
+  uint32_t v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    v[i] = pack<T>(accumulators[4 * (block + i) + 2 * h], accumulators[4 * (block + i) + 2 * h + 1]);
+  }
+  transpose_quad(v);
+  const int quad = threadIdx.x & 3;
+  if (valid && column + quad * 8 < columns) store_16(row + quad * 8, v);
+}
+
+// rows[s] = accumulators (+ bias[e])
+struct RowsEpilogue {
+  struct Params {
+    void* out;         // [P, columns]
+    const void* bias;  // [E, columns] or null
+    int columns;
+  };
+
+  template <class G>
+  __device__ static void prefetch(const Arguments<G>&, const Tile&, int) {}
+
+  template <class G>
+  __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
+                               float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+    using T = typename G::T;
+    const Params& params = args.epilogue;
+    const int column = tile.n * G::kN, quad = threadIdx.x & 3;
+    if (params.bias != nullptr) {
+      const T* const bias = static_cast<const T*>(params.bias) + static_cast<int64_t>(tile.expert) * params.columns;
+#pragma unroll
+      for (int b = 0; b < G::kN / 8; ++b) {
+        const int c = column + 8 * b + 2 * quad;
+        const float2 add = c < params.columns ? unpack<T>(*reinterpret_cast<const uint32_t*>(bias + c)) : float2{0, 0};
+#pragma unroll
+        for (int m = 0; m < G::kBlocksM; ++m) {
+          accumulators[m][4 * b] += add.x, accumulators[m][4 * b + 1] += add.y;
+          accumulators[m][4 * b + 2] += add.x, accumulators[m][4 * b + 3] += add.y;
+        }
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < G::kBlocksM; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row_of(first_row, m, h);
+        T* const out = static_cast<T*>(params.out) + static_cast<int64_t>(tile.first + row) * params.columns + column;
+#pragma unroll
+        for (int b = 0; b < G::kN / 8; b += 4) {
+          store_group<T>(accumulators[m], b, h, out + b * 8, column + b * 8, params.columns, row < tile.rows);
+        }
+      }
+    }
+  }
+};
+
+// pre_activation[s] = accumulators * scale(s) + bias[e]; act[s] = f(pre_activation[s]) of the unrounded pre-activation.
+template <bool kGated, bool kSwiGLU>
+struct UpEpilogue {
+  struct Params {
+    void *pre_activation, *act;  // [P, up_rows] or null, [P, I] or null
+    const void* bias;            // [E, up_rows] or null
+    const float* scale;          // routing weights [T, K], or null
+    int intermediate;
+    bool interleaved;
+    Activation activation;
+    float alpha, limit;
+  };
+
+  template <class G>
+  __device__ static void prefetch(const Arguments<G>&, const Tile&, int) {}
+
+  template <class G>
+  __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
+                               float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+    const Params& params = args.epilogue;
+    if (params.scale != nullptr) scale_rows<G>(args, tile, first_row, accumulators);
+    if (params.bias != nullptr) add_bias<G>(args, tile, accumulators);
+    with_activation<kGated, kSwiGLU>(params.activation, [&](auto tag) {
+      constexpr Activation kActivation = decltype(tag)::value;
+      using T = typename G::T;
+      constexpr int kColumns = kGated ? G::kN / 2 : G::kN;
+      const int column = tile.n * kColumns, quad = threadIdx.x & 3, intermediate = params.intermediate;
+#pragma unroll
+      for (int m = 0; m < G::kBlocksM; ++m) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int row = row_of(first_row, m, h);
+          const int64_t slot = tile.first + row;
+          T* const pre = static_cast<T*>(params.pre_activation) + slot * intermediate * (kGated ? 2 : 1) + column;
+          T* const act = static_cast<T*>(params.act) + slot * intermediate + column;
+#pragma unroll
+          for (int b = 0; b < kColumns / 8; b += 4) {
+            const int c = column + b * 8;
+            if (params.pre_activation != nullptr) {
+              store_group<T>(accumulators[m], b, h, pre + b * 8, c, intermediate, row < tile.rows);
+              if constexpr (kGated) {
+                store_group<T>(accumulators[m], b + kColumns / 8, h, pre + intermediate + b * 8, c, intermediate,
+                               row < tile.rows);
+              }
+            }
+            uint32_t v[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int gate = 4 * (b + i) + 2 * h, up = kGated ? gate + kColumns / 2 : gate;
+              v[i] = pack<T>(
+                  value_of<kActivation>(accumulators[m][gate], accumulators[m][up], params.alpha, params.limit),
+                  value_of<kActivation>(accumulators[m][gate + 1], accumulators[m][up + 1], params.alpha, params.limit));
+            }
+            transpose_quad(v);
+            if (params.act != nullptr && row < tile.rows && c + quad * 8 < intermediate) store_16(act + b * 8 + quad * 8, v);
+          }
+        }
+      }
+    });
+  }
+
+ private:
+  template <class G>
+  __device__ static void scale_rows(const Arguments<G>& args, const Tile& tile, int first_row,
+                                    float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+#pragma unroll
+    for (int m = 0; m < G::kBlocksM; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row_of(first_row, m, h);
+        const float scale = row < tile.rows ? args.epilogue.scale[args.slot_index[tile.first + row]] : 0.0f;
+#pragma unroll
+        for (int b = 0; b < G::kN / 8; ++b) {
+          accumulators[m][4 * b + 2 * h] *= scale;
+          accumulators[m][4 * b + 2 * h + 1] *= scale;
+        }
+      }
+    }
+  }
+
+  template <class G>
+  __device__ static void add_bias(const Arguments<G>& args, const Tile& tile, float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+    using T = typename G::T;
+    const Params& params = args.epilogue;
+    constexpr int kColumns = kGated ? G::kN / 2 : G::kN;
+    const T* const bias =
+        static_cast<const T*>(params.bias) + static_cast<int64_t>(tile.expert) * params.intermediate * (kGated ? 2 : 1);
+#pragma unroll
+    for (int b = 0; b < G::kN / 8; ++b) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int half = b / (kColumns / 8), c = tile.n * kColumns + 8 * (b % (kColumns / 8)) + 2 * (threadIdx.x & 3) + i;
+        const int index = kGated && params.interleaved ? 2 * c + half : half * params.intermediate + c;
+        const float add = c < params.intermediate ? static_cast<float>(bias[index]) : 0.0f;
+#pragma unroll
+        for (int m = 0; m < G::kBlocksM; ++m) {
+          accumulators[m][4 * b + i] += add;
+          accumulators[m][4 * b + 2 + i] += add;
+        }
+      }
+    }
+  }
+};
+
+// dA = accumulators: reloads the pre-activation, recomputes A, writes f'(pre) * w * dA, w * A, and the tile's share of <dA, A>.
+template <bool kGated, bool kSwiGLU>
+struct ActGradEpilogue {
+  struct Params {
+    const void* pre_activation;  // [P, up_rows]
+    void *grad_pre, *scaled_act; // [P, up_rows], [P, I]; or null
+    float* partial;              // [n_tiles, P] or null
+    const float* scale;          // routing weights [T, K], or null
+    int64_t slots;
+    int intermediate;
+    Activation activation;
+    float alpha, limit;
+  };
+
+  // Brings the tile's pre-activation into L2 while the main loop runs.
+  template <class G>
+  __device__ static void prefetch(const Arguments<G>& args, const Tile& tile, int first_row) {
+    using T = typename G::T;
+    const int thread = threadIdx.x & 127, column = tile.n * G::kN;
+    if (thread < 64 * G::kBlocksM && first_row + thread < tile.rows) {
+      const T* const row = static_cast<const T*>(args.epilogue.pre_activation) +
+                           static_cast<int64_t>(tile.first + first_row + thread) * args.epilogue.intermediate * (kGated ? 2 : 1);
+#pragma unroll
+      for (int c = 0; c < G::kN; c += 64) {
+        if (column + c < args.epilogue.intermediate) {
+          ptx::prefetch_l2(row + column + c);
+          if (kGated) ptx::prefetch_l2(row + args.epilogue.intermediate + column + c);
+        }
+      }
+    }
+    __syncwarp();
+  }
+
+  template <class G>
+  __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
+                               float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+    const Params& params = args.epilogue;
+    with_activation<kGated, kSwiGLU>(params.activation, [&](auto tag) {
+      constexpr Activation kActivation = decltype(tag)::value;
+      using T = typename G::T;
+      constexpr int kGroups = G::kN / 32;
+      const int quad = threadIdx.x & 3, intermediate = params.intermediate;
+      const int column = tile.n * G::kN + quad * 8;
+      const int64_t stride = static_cast<int64_t>(intermediate) * (kGated ? 2 : 1);
+      const T* const pre = static_cast<const T*>(params.pre_activation);
+      // A step: 32 columns of one row half, its pre-activation loaded a step ahead.
+      constexpr int kSteps = G::kBlocksM * 2 * kGroups;
+      uint4 loaded[2] = {};
+      const auto load = [&](int step) {
+        const int row = row_of(first_row, step / (2 * kGroups), step / kGroups % 2), c = column + step % kGroups * 32;
+        if (row < tile.rows && c < intermediate) {
+          const T* const source = pre + (tile.first + row) * stride + c;
+          loaded[0] = *reinterpret_cast<const uint4*>(source);
+          if constexpr (kGated) loaded[1] = *reinterpret_cast<const uint4*>(source + intermediate);
+        }
+      };
+      load(0);
+      float scale = 1.0f, dot = 0.0f;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int m = step / (2 * kGroups), h = step / kGroups % 2, group = step % kGroups;
+        const int row = row_of(first_row, m, h), c = column + group * 32;
+        const int64_t slot = tile.first + row;
+        if (group == 0) {
+          if (params.scale != nullptr) scale = row < tile.rows ? params.scale[args.slot_index[slot]] : 0.0f;
+          dot = 0.0f;
+        }
+        const uint32_t gates[4] = {loaded[0].x, loaded[0].y, loaded[0].z, loaded[0].w};
+        const uint32_t ups[4] = {loaded[1].x, loaded[1].y, loaded[1].z, loaded[1].w};
+        if (step + 1 < kSteps) load(step + 1);
+        uint32_t low[4], high[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          low[i] = bits_of(accumulators[m][4 * (4 * group + i) + 2 * h]);
+          high[i] = bits_of(accumulators[m][4 * (4 * group + i) + 2 * h + 1]);
+        }
+        transpose_quad(low);
+        transpose_quad(high);
+        uint32_t grad_gate[4], grad_up[4], act[4];
+        float part = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const float2 gate = unpack<T>(gates[i]), up = kGated ? unpack<T>(ups[i]) : float2{0, 0};
+          const float da0 = __uint_as_float(low[i]), da1 = __uint_as_float(high[i]);
+          const auto g0 = gradient_of<kActivation>(gate.x, up.x, da0, params.alpha, params.limit);
+          const auto g1 = gradient_of<kActivation>(gate.y, up.y, da1, params.alpha, params.limit);
+          part += da0 * g0.value + da1 * g1.value;
+          grad_gate[i] = pack<T>(g0.grad_gate * scale, g1.grad_gate * scale);
+          grad_up[i] = pack<T>(g0.grad_up * scale, g1.grad_up * scale);
+          act[i] = pack<T>(g0.value * scale, g1.value * scale);
+        }
+        if (row < tile.rows && c < intermediate) {
+          dot += part;
+          if (params.grad_pre != nullptr) {
+            T* const out = static_cast<T*>(params.grad_pre) + slot * stride + c;
+            store_16(out, grad_gate);
+            if constexpr (kGated) store_16(out + intermediate, grad_up);
+          }
+          if (params.scaled_act != nullptr) store_16(static_cast<T*>(params.scaled_act) + slot * intermediate + c, act);
+        }
+        if (group == kGroups - 1 && params.partial != nullptr) {
+          dot += __shfl_xor_sync(0xFFFFFFFF, dot, 1);
+          dot += __shfl_xor_sync(0xFFFFFFFF, dot, 2);
+          if (quad == 0 && row < tile.rows) params.partial[tile.n * params.slots + slot] = dot;
+        }
+      }
+    });
+  }
+};
+
+// grad[e] = accumulators; row m of the tile's columns is row `half * I + i` of a gate half then an up half.
+struct WeightGradEpilogue {
+  struct Params {
+    void* grad;        // [E, rows, columns]
+    int rows, columns;
+    bool interleaved;  // rows alternate between the two halves
+  };
+
+  template <class G>
+  __device__ static void prefetch(const Arguments<G>&, const Tile&, int) {}
+
+  template <class G>
+  __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
+                               float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+    using T = typename G::T;
+    const Params& params = args.epilogue;
+    const int column = tile.n * G::kN;
+#pragma unroll
+    for (int m = 0; m < G::kBlocksM; ++m) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = tile.m * G::kM + row_of(first_row, m, h), half_rows = params.rows / 2;
+        const int out_row = !params.interleaved ? row : row < half_rows ? 2 * row : 2 * (row - half_rows) + 1;
+        T* const out = static_cast<T*>(params.grad) +
+                       (static_cast<int64_t>(tile.expert) * params.rows + out_row) * params.columns + column;
+#pragma unroll
+        for (int b = 0; b < G::kN / 8; b += 4) {
+          store_group<T>(accumulators[m], b, h, out + b * 8, column + b * 8, params.columns, row < params.rows);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace fastmoe_cpp::cuda::sm90

@@ -1,0 +1,431 @@
+// The grouped GEMM of the Hopper path: one persistent, warp-specialised kernel. One warpgroup fills a ring of
+// shared-memory stages (TMA, or cp.async for gathered rows), two multiply (wgmma) and write results.
+//   cooperative: both multiply one tile, 64 of its rows each;  ping-pong: each has its own tile, and one's epilogue
+//   runs under the other's main loop.
+#pragma once
+#include "schedule.cuh"
+
+namespace fastmoe_cpp::cuda::sm90 {
+
+enum class Load {
+  rows,           // K-major by TMA
+  gathered_rows,  // K-major, one row of a token for each slot
+  columns,        // MN-major by TMA
+  gathered_columns,
+};
+__host__ __device__ constexpr bool is_gathered(Load load) { return load == Load::gathered_rows || load == Load::gathered_columns; }
+__host__ __device__ constexpr bool is_mn_major(Load load) { return load == Load::columns || load == Load::gathered_columns; }
+
+inline constexpr int kBlockK = 64;         // elements of the contraction a stage: one 128-byte swizzled row
+inline constexpr int kBoxBytes = 8192;     // 64 x 64 elements
+inline constexpr int kThreads = 384;       // two consumer warpgroups, one producer
+inline constexpr int kOrderBarrier = 1;    // named barriers 1 and 2: whose main loop is next
+inline constexpr int kTransformBarrier = 3;
+
+// kWeightGrad: the contraction runs over an expert's slots and the output is [E, m_size, n_size]; otherwise the tile's
+// rows are slots. kHalves: halves of B's rows in a tile (a gate part, then an up part of the same columns).
+template <typename T_, Load kA_, Load kB_, bool kCooperative_, int kBlocksM_, int kN_, int kHalves_, bool kWeightGrad_,
+          class Epilogue_>
+struct Gemm {
+  using T = T_;
+  using Epilogue = Epilogue_;
+  static constexpr Load kA = kA_, kB = kB_;
+  static constexpr bool kCooperative = kCooperative_, kWeightGrad = kWeightGrad_;
+  static constexpr int kBlocksM = kBlocksM_;  // blocks of 64 rows a consumer warpgroup
+  static constexpr int kM = 64 * kBlocksM * (kCooperative ? 2 : 1), kN = kN_, kHalves = kHalves_;
+  static constexpr int kRowTile = kWeightGrad ? 0 : kM;
+  static constexpr int kABytes = kM * 128, kBBytes = kN * 128, kStageBytes = kABytes + kBBytes;
+  static constexpr int kStages = 204800 / kStageBytes > 12 ? 12 : 204800 / kStageBytes;
+  static constexpr int kPublishDelay = kStages / 2;  // stages between issuing gathered rows and publishing them
+  static constexpr bool kGathers = is_gathered(kA) || is_gathered(kB);
+  // 504 in all for the three warpgroups.
+  static constexpr int kProducerRegisters = !kGathers ? 40 : kN * kBlocksM > 256 ? 56 : 72;
+  static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
+  static constexpr int shared_bytes(int experts) {
+    return 1024 + kStages * kStageBytes + 2 * kStages * 8 + Schedule::shared_bytes(experts);
+  }
+};
+
+template <class G>
+struct Arguments {
+  CUtensorMap a_map, b_map;       // of operands that come by TMA
+  const void* gathered;           // [T, gathered_columns]
+  const int32_t *slot_index, *expert_offsets;
+  const float* slot_scale;        // weight gradients: routing weight [T, K] that scales A's slots, or null
+  int64_t gathered_columns;
+  int experts, top_k;
+  int k_size, k_halves;           // contraction: k_halves parts of k_size (weight gradients: unused)
+  int m_size, n_size;             // columns of the output (of a half of it); m_size: weight gradients alone
+  int m_tiles, n_tiles;
+  typename G::Epilogue::Params epilogue;
+};
+
+struct Ring {
+  uint32_t stages, full, empty;  // shared-memory addresses
+};
+
+template <int kStages>
+struct Position {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ void skip(int count) {
+    const int next = stage + count;
+    stage = next % kStages;
+    phase ^= (next / kStages) & 1;
+  }
+};
+
+template <class G>
+__device__ __forceinline__ int k_blocks_of(const Arguments<G>& args, const Tile& tile) {
+  if constexpr (G::kWeightGrad) return (tile.rows + kBlockK - 1) / kBlockK;
+  return args.k_halves * ((args.k_size + kBlockK - 1) / kBlockK);
+}
+
+// ---- producer ----
+
+template <class G>
+__device__ __forceinline__ void load_by_tma(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t b,
+                                            uint32_t full) {
+  // Contraction position: weight gradients count slots; others a column of one of the halves.
+  int half = 0, k = k_block * kBlockK;
+  if constexpr (!G::kWeightGrad) {
+    const int blocks_a_half = (args.k_size + kBlockK - 1) / kBlockK;
+    half = k_block >= blocks_a_half;
+    k -= half * blocks_a_half * kBlockK;
+  }
+  const bool second_block = G::kM == 64 ? false : (G::kWeightGrad || tile.rows > 64);
+  constexpr int kABox = is_gathered(G::kA) ? 0 : kBoxBytes;
+  constexpr int kBBytes = is_gathered(G::kB) ? 0 : G::kBBytes;
+  ptx::barrier_arrive_expect(full, kABox * (second_block ? 2 : 1) + kBBytes);
+  if constexpr (G::kA == Load::rows) {
+    ptx::tma_load(a, &args.a_map, full, k, tile.first, half, 0);
+    if (second_block) ptx::tma_load(a + kBoxBytes, &args.a_map, full, k, tile.first + 64, half, 0);
+  } else if constexpr (G::kA == Load::columns) {
+    static_assert(G::kWeightGrad);
+#pragma unroll
+    for (int i = 0; i < G::kM / 64; ++i) {
+      ptx::tma_load(a + i * kBoxBytes, &args.a_map, full, tile.m * G::kM + i * 64, tile.first + k, 0, 0);
+    }
+  }
+  if constexpr (G::kB == Load::rows) {
+    constexpr int kBoxRows = G::kN / G::kHalves;
+#pragma unroll
+    for (int i = 0; i < G::kHalves; ++i) {
+      ptx::tma_load(b + i * kBoxRows * 128, &args.b_map, full, k, tile.n * kBoxRows, i, tile.expert);
+    }
+  } else if constexpr (G::kB == Load::columns) {
+#pragma unroll
+    for (int i = 0; i < G::kN / 64; ++i) {
+      if constexpr (G::kWeightGrad) {
+        ptx::tma_load(b + i * kBoxBytes, &args.b_map, full, tile.n * G::kN + i * 64, tile.first + k, 0, 0);
+      } else {
+        ptx::tma_load(b + i * kBoxBytes, &args.b_map, full, tile.n * G::kN + i * 64, k, half, tile.expert);
+      }
+    }
+  }
+}
+
+// Gathers rows of A: thread -> one 16-byte chunk of kM / 16 rows. Rows past the tile are left as they are: they reach
+// only output rows that nobody stores.
+template <class G>
+struct RowGather {
+  using T = typename G::T;
+  static constexpr int kRows = G::kM / 16;
+  int pairs[kRows];  // of the tile to come, fetched while the present one runs
+  const T* sources[kRows];
+
+  __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) {
+    const int row = (threadIdx.x & 127) >> 3;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      pairs[i] = row + 16 * i < tile.rows ? args.slot_index[tile.first + row + 16 * i] : -1;
+    }
+  }
+  __device__ __forceinline__ void begin(const Arguments<G>& args) {
+    const int chunk = threadIdx.x & 7;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      const T* const base = static_cast<const T*>(args.gathered) + chunk * 8;
+      sources[i] = pairs[i] < 0 ? nullptr : base + static_cast<int64_t>(pairs[i] / args.top_k) * args.gathered_columns;
+    }
+  }
+  __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile&, int k_block, uint32_t a, uint32_t) {
+    const int row = (threadIdx.x & 127) >> 3, chunk = threadIdx.x & 7;
+    const bool inside = k_block * kBlockK + chunk * 8 < args.k_size;
+    const uint32_t destination = a + row * 128 + ((chunk ^ (row & 7)) << 4);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      if (sources[i] != nullptr) {
+        ptx::copy_async_16(destination + i * 2048, inside ? sources[i] : static_cast<const T*>(args.gathered), inside);
+        sources[i] += kBlockK;
+      }
+    }
+  }
+};
+
+// Gathers the contraction's rows, MN-major: warp -> 16 of the 64 slots, whole rows of the tile's columns. Slots past the
+// expert's end are zeros.
+template <class G>
+struct ColumnGather {
+  using T = typename G::T;
+  static constexpr int kColumns = G::kA == Load::gathered_columns ? G::kM : G::kN;
+  static constexpr int kLanes = kColumns / 8, kRowsACopy = 32 / kLanes;
+  static_assert(kLanes == 32 || kLanes == 16);
+  int pair;  // of the k block to come; lane -> slot lane % 16 of the warp's
+
+  __device__ __forceinline__ void fetch_block(const Arguments<G>& args, const Tile& tile, int k_block) {
+    const int slot = k_block * kBlockK + ((threadIdx.x & 127) >> 5) * 16 + (threadIdx.x & 15);
+    pair = slot < tile.rows ? args.slot_index[tile.first + slot] : -1;
+  }
+  __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) { fetch_block(args, tile, 0); }
+  __device__ __forceinline__ void begin(const Arguments<G>&) {}
+  __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t b) {
+    const int warp = (threadIdx.x & 127) >> 5, lane = threadIdx.x & 31, chunk = lane % kLanes;
+    const int token = pair < 0 ? -1 : pair / args.top_k;
+    fetch_block(args, tile, k_block + 1);
+    const int column = (G::kA == Load::gathered_columns ? tile.m : tile.n) * kColumns + chunk * 8;
+    const T* const source = static_cast<const T*>(args.gathered) + column;
+    const bool inside = column < args.gathered_columns;
+    const uint32_t destination = (G::kA == Load::gathered_columns ? a : b) + (chunk >> 3) * kBoxBytes;
+#pragma unroll
+    for (int i = 0; i < 16; i += kRowsACopy) {
+      const int row = warp * 16 + i + lane / kLanes;
+      const int row_token = __shfl_sync(0xFFFFFFFF, token, i + lane / kLanes);
+      const bool valid = inside && row_token >= 0;
+      ptx::copy_async_16(destination + row * 128 + (((chunk & 7) ^ (row & 7)) << 4),
+                         valid ? source + row_token * args.gathered_columns : static_cast<const T*>(args.gathered), valid);
+    }
+  }
+};
+
+template <class G>
+__device__ __forceinline__ void produce(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
+  const int thread = threadIdx.x & 127;
+  if (!G::kGathers && thread >= 32) return;
+  using Gather = std::conditional_t<is_mn_major(G::kA), ColumnGather<G>, RowGather<G>>;
+  Gather gather;
+  Position<G::kStages> position, published;
+  int pending = 0;
+  int index = blockIdx.x;
+  if (index >= schedule.total) return;
+  Tile tile = schedule.find<G::kRowTile>(index);
+  if constexpr (G::kGathers) gather.fetch(args, tile);
+
+  // Gathered rows are written through the generic proxy and read by wgmma through the async proxy: each thread waits for
+  // its copies, fences, and only then does its warp arrive. Publishing runs kPublishDelay stages behind issuing.
+  const auto publish = [&] {
+    ptx::proxy_fence();
+    __syncwarp();
+    if ((thread & 31) == 0) ptx::barrier_arrive(ring.full + published.stage * 8);
+    published.advance();
+    --pending;
+  };
+
+  while (true) {
+    const int k_blocks = k_blocks_of(args, tile);
+    const int next_index = index + gridDim.x;
+    const bool more = next_index < schedule.total;
+    if constexpr (G::kGathers) gather.begin(args);
+    Tile next = tile;
+    if (more) next = schedule.find<G::kRowTile>(next_index);
+    if constexpr (G::kA == Load::gathered_rows) {
+      if (more) gather.fetch(args, next);
+    }
+    for (int k_block = 0; k_block < k_blocks; ++k_block) {
+      const uint32_t a = ring.stages + position.stage * G::kStageBytes, b = a + G::kABytes;
+      ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
+      if (thread == 0) load_by_tma<G>(args, tile, k_block, a, b, ring.full + position.stage * 8);
+      __syncwarp();
+      if constexpr (G::kGathers) {
+        gather.issue(args, tile, k_block, a, b);
+        ptx::copy_async_commit();
+        if (++pending > G::kPublishDelay) {
+          ptx::copy_async_wait<G::kPublishDelay>();
+          publish();
+        }
+      }
+      position.advance();
+    }
+    if (!more) break;
+    tile = next;
+    index = next_index;
+    if constexpr (G::kGathers && G::kA != Load::gathered_rows) gather.fetch(args, tile);
+  }
+  if constexpr (G::kGathers) {
+    ptx::copy_async_wait<0>();
+    while (pending > 0) publish();
+  }
+}
+
+// ---- consumers ----
+
+// Weight gradients: makes A's or B's TMA-loaded slots past the expert's end zero, and scales A's slots where asked.
+template <class G>
+__device__ __forceinline__ void fix_slots(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t b,
+                                          int group) {
+  const int valid = tile.rows - k_block * kBlockK;
+  const bool scaled = args.slot_scale != nullptr;
+  if (valid >= kBlockK && !scaled) return;
+  const int thread = threadIdx.x & 127;
+  constexpr bool kFixA = G::kA == Load::columns;
+  // A's blocks of this warpgroup are its own; B is shared, and both warpgroups write the same zeros.
+  const uint32_t base = kFixA ? a + (G::kCooperative ? group * G::kBlocksM * kBoxBytes : 0) : b;
+  constexpr int kBoxes = kFixA ? G::kBlocksM : G::kN / 64;
+  for (int i = thread; i < 64 * 8 * kBoxes; i += 128) {
+    const int row = (i >> 3) & 63;
+    const uint32_t address = base + i * 16;
+    if (row >= valid) {
+      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+    } else if (scaled && kFixA) {
+      using T = typename G::T;
+      const float scale = args.slot_scale[args.slot_index[tile.first + k_block * kBlockK + row]];
+      alignas(16) T values[8];
+      uint32_t* const words = reinterpret_cast<uint32_t*>(values);
+      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                   : "r"(address)
+                   : "memory");
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[j] = T(static_cast<float>(values[j]) * scale);
+      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
+                   "r"(words[3])
+                   : "memory");
+    }
+  }
+  ptx::proxy_fence();
+  ptx::named_barrier_sync(kTransformBarrier + group, 128);
+}
+
+// The first kBlocks blocks of 64 rows; `hands_over`: the other warpgroup's main loop may start under this one's end.
+template <class G, int kBlocks>
+__device__ __forceinline__ void multiply(float (&accumulators)[G::kBlocksM][G::kN / 2], const Arguments<G>& args,
+                                         const Tile& tile, int k_blocks, const Ring& ring, Position<G::kStages>& position,
+                                         int group, bool hands_over) {
+  constexpr int kTransposeA = is_mn_major(G::kA), kTransposeB = is_mn_major(G::kB);
+  constexpr int kStepA = (kTransposeA ? 2048 : 32) >> 4, kStepB = (kTransposeB ? 2048 : 32) >> 4;
+  const uint32_t a_offset = G::kCooperative ? group * G::kBlocksM * kBoxBytes : 0;
+  const uint64_t a_base = ptx::matrix_descriptor(ring.stages + a_offset, kTransposeA ? kBoxBytes : 16);
+  const uint64_t b_base = ptx::matrix_descriptor(ring.stages + G::kABytes, kTransposeB ? kBoxBytes : 16);
+  const bool signals = (threadIdx.x & 31) == 0;
+  int previous = 0;
+  for (int k_block = 0; k_block < k_blocks; ++k_block) {
+    const int stage = position.stage;
+    ptx::barrier_wait(ring.full + stage * 8, position.phase);
+    if constexpr (G::kWeightGrad) {
+      const uint32_t a = ring.stages + stage * G::kStageBytes;
+      fix_slots<G>(args, tile, k_block, a, a + G::kABytes, group);
+    }
+    const uint64_t a = a_base + stage * (G::kStageBytes >> 4), b = b_base + stage * (G::kStageBytes >> 4);
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) ptx::fence_registers(accumulators[m]);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int k = 0; k < kBlockK / 16; ++k) {
+#pragma unroll
+      for (int m = 0; m < kBlocks; ++m) {
+        ptx::wgmma<typename G::T, G::kN, kTransposeA, kTransposeB>(accumulators[m], a + m * (kBoxBytes >> 4) + k * kStepA,
+                                                                   b + k * kStepB, (k_block | k) != 0);
+      }
+    }
+    ptx::wgmma_commit();
+#pragma unroll
+    for (int m = 0; m < kBlocks; ++m) ptx::fence_registers(accumulators[m]);
+    ptx::wgmma_wait<1>();
+    if (k_block > 0 && signals) ptx::barrier_arrive(ring.empty + previous * 8);
+    previous = stage;
+    position.advance();
+  }
+  if (hands_over) ptx::named_barrier_arrive(kOrderBarrier + (group ^ 1), 256);
+}
+
+template <class G>
+__device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule& schedule, const Ring& ring, int group) {
+  Position<G::kStages> position;
+  float accumulators[G::kBlocksM][G::kN / 2];
+  const bool signals = (threadIdx.x & 31) == 0;
+  int turn = 0;
+  for (int index = blockIdx.x; index < schedule.total; index += gridDim.x, ++turn) {
+    if (!G::kCooperative && (turn & 1) != group) {
+      if constexpr (!G::kWeightGrad) {
+        position.skip(k_blocks_of(args, Tile{}));
+      } else {
+        position.skip(k_blocks_of(args, schedule.find<G::kRowTile>(index)));
+      }
+      continue;
+    }
+    const Tile tile = schedule.find<G::kRowTile>(index);
+    const int k_blocks = k_blocks_of(args, tile);
+    const int first_row = G::kCooperative ? group * 64 * G::kBlocksM : 0;  // of this warpgroup in the tile
+    G::Epilogue::template prefetch<G>(args, tile, first_row);
+    // A warpgroup may wait for a stage only when every earlier phase of it has passed: parity tells just two apart.
+    if (!G::kCooperative && turn > 0) ptx::named_barrier_sync(kOrderBarrier + group, 256);
+    if (G::kWeightGrad && k_blocks == 0) {
+#pragma unroll
+      for (int m = 0; m < G::kBlocksM; ++m) {
+#pragma unroll
+        for (int i = 0; i < G::kN / 2; ++i) accumulators[m][i] = 0;
+      }
+    }
+    const int rows_here = G::kWeightGrad ? G::kM : __shfl_sync(0xFFFFFFFF, tile.rows - first_row, 0);
+    if (rows_here <= 0) {
+      for (int k_block = 0; k_block < k_blocks; ++k_block) {
+        ptx::barrier_wait(ring.full + position.stage * 8, position.phase);
+        if (signals) ptx::barrier_arrive(ring.empty + position.stage * 8);
+        position.advance();
+      }
+      continue;
+    }
+    const bool hands_over = !G::kCooperative && index + gridDim.x < schedule.total;
+    if (G::kBlocksM == 2 && rows_here <= 64) {
+      multiply<G, 1>(accumulators, args, tile, k_blocks, ring, position, group, hands_over);
+    } else {
+      multiply<G, G::kBlocksM>(accumulators, args, tile, k_blocks, ring, position, group, hands_over);
+    }
+    ptx::wgmma_wait<0>();
+#pragma unroll
+    for (int m = 0; m < G::kBlocksM; ++m) ptx::fence_registers(accumulators[m]);
+    if (k_blocks > 0 && signals) {
+      ptx::barrier_arrive(ring.empty + (position.stage == 0 ? G::kStages - 1 : position.stage - 1) * 8);
+    }
+    G::Epilogue::template store<G>(args, tile, first_row, accumulators);
+  }
+}
+
+template <class G>
+__global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constant__ Arguments<G> args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ uint8_t shared_memory[];
+  uint8_t* const stages = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_memory) + 1023) & ~uintptr_t{1023});
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(stages + G::kStages * G::kStageBytes);
+  Ring ring;
+  ring.stages = ptx::shared_address(stages);
+  ring.full = ptx::shared_address(barriers);
+  ring.empty = ring.full + G::kStages * 8;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < G::kStages; ++i) {
+      ptx::barrier_init(ring.full + i * 8, 1 + (G::kGathers ? 4 : 0));
+      ptx::barrier_init(ring.empty + i * 8, G::kCooperative ? 8 : 4);
+    }
+    ptx::barrier_init_fence();
+    if (!is_gathered(G::kA)) ptx::tma_prefetch_descriptor(&args.a_map);
+    if (!is_gathered(G::kB)) ptx::tma_prefetch_descriptor(&args.b_map);
+  }
+  ptx::wait_for_previous_kernel();
+  const Schedule schedule = Schedule::build<G::kRowTile, kThreads>(reinterpret_cast<int*>(barriers + 2 * G::kStages),
+                                                                   args.expert_offsets, args.experts, args.m_tiles, args.n_tiles);
+  ptx::launch_next_kernel();
+  const int group = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x >> 7), 0);
+  if (group == 2) {
+    ptx::decrease_registers<G::kProducerRegisters>();
+    produce<G>(args, schedule, ring);
+  } else {
+    ptx::increase_registers<G::kConsumerRegisters>();
+    consume<G>(args, schedule, ring, group);
+  }
+#endif
+}
+
+}  // namespace fastmoe_cpp::cuda::sm90

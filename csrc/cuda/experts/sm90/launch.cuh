@@ -1,0 +1,95 @@
+// Host side of the Hopper kernels: tensor maps, and the launch of one instantiation.
+#pragma once
+#include <algorithm>
+
+#include "../experts.h"
+#include "config.h"
+#include "epilogue.cuh"
+#include "gemm.cuh"
+
+namespace fastmoe_cpp::cuda::sm90 {
+
+// A matrix [experts][halves][rows][columns] of 2-byte elements, strides in elements, read in boxes of 64 columns.
+struct MatrixView {
+  const void* data;
+  DType dtype;
+  int64_t columns, rows;
+  int halves, experts;
+  int64_t row_stride, half_stride, expert_stride;
+};
+cudaError_t encode(CUtensorMap* map, const MatrixView& view, int box_rows);
+
+// gate_up_proj with its gate and up rows as two halves, whichever way they are laid out.
+inline MatrixView gate_up_view(const ExpertShape& shape, const void* weight) {
+  const int64_t h = shape.hidden, i = shape.intermediate;
+  if (!is_gated(shape.activation)) return {weight, shape.dtype, h, i, 1, shape.experts, h, h, i * h};
+  return {weight,      shape.dtype,   h, i, 2, shape.experts, shape.interleaved ? 2 * h : h, shape.interleaved ? h : i * h,
+          2 * i * h};
+}
+inline MatrixView down_view(const ExpertShape& shape, const void* weight) {
+  const int64_t h = shape.hidden, i = shape.intermediate;
+  return {weight, shape.dtype, i, h, 1, shape.experts, i, i, h * i};
+}
+// [P, halves * columns]
+inline MatrixView slots_view(const ExpertShape& shape, const void* rows, int64_t columns, int halves) {
+  return {rows, shape.dtype, columns, shape.slots(), halves, 1, halves * columns, columns, columns};
+}
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Fills what every product needs; the caller adds operands, sizes and the epilogue.
+template <class G>
+Arguments<G> arguments(const ExpertShape& shape, const Plan& plan) {
+  Arguments<G> args{};
+  args.slot_index = plan.slot_index;
+  args.expert_offsets = plan.expert_offsets;
+  args.experts = shape.experts;
+  args.top_k = shape.top_k;
+  args.k_halves = 1;
+  return args;
+}
+
+template <class G>
+cudaError_t launch(const Arguments<G>& args, int64_t slots, cudaStream_t stream) {
+  int device, multiprocessors;
+  if (cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
+  if (cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
+  const int shared = G::shared_bytes(args.experts);
+  if (cudaError_t e = cudaFuncSetAttribute(grouped_gemm<G>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+      e != cudaSuccess) {
+    return e;
+  }
+  const int64_t row_tiles = G::kWeightGrad ? static_cast<int64_t>(args.experts) * args.m_tiles
+                                           : ceil_div(slots, G::kM) + std::min<int64_t>(args.experts, slots);
+  if (row_tiles * args.n_tiles >= int64_t{1} << 31) return cudaErrorInvalidConfiguration;
+  cudaLaunchAttribute attribute;
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(multiprocessors, row_tiles * args.n_tiles)));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = shared;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return cudaLaunchKernelEx(&config, grouped_gemm<G>, args);
+}
+
+#define FASTMOE_RETURN_IF_ERROR(expression) \
+  if (const cudaError_t error_ = (expression); error_ != cudaSuccess) return error_
+
+// One instantiation file for each (dtype, product) defines these.
+template <typename T>
+cudaError_t launch_up(const UpParams&, cudaStream_t);
+template <typename T>
+cudaError_t launch_down(const DownParams&, cudaStream_t);
+template <typename T>
+cudaError_t launch_act_grad(const ActGradParams&, float* partial, cudaStream_t);
+template <typename T>
+cudaError_t launch_input_grad(const InputGradParams&, cudaStream_t);
+template <typename T>
+cudaError_t launch_gate_up_weight_grad(const WeightGradParams&, cudaStream_t);
+template <typename T>
+cudaError_t launch_down_weight_grad(const WeightGradParams&, cudaStream_t);
+
+}  // namespace fastmoe_cpp::cuda::sm90

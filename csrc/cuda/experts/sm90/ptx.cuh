@@ -1,0 +1,203 @@
+// Thin wrappers of the PTX instructions that the Hopper kernels use. Shared-memory addresses are 32-bit.
+#pragma once
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace fastmoe_cpp::cuda::sm90::ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// mbarrier
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+
+__device__ __forceinline__ void barrier_init_fence() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ bool barrier_try_wait(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, p;\n}"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+#ifdef FASTMOE_SM90_WATCHDOG
+  if (barrier_try_wait(barrier, parity)) return;
+  const long long start = clock64();
+  while (!barrier_try_wait(barrier, parity)) {
+    if (clock64() - start > 1'000'000'000ll) __trap();
+  }
+#else
+  while (!barrier_try_wait(barrier, parity)) {
+  }
+#endif
+}
+
+// Named barrier over `threads` threads; id 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier_sync(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Copies into shared memory
+
+// Box of a 4-D tensor map at (column, row, half, expert); elements outside the tensor arrive as zeros.
+__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int column, int row,
+                                         int half, int expert) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::
+          "r"(destination),
+      "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(half), "r"(expert)
+      : "memory");
+}
+
+__device__ __forceinline__ void tma_prefetch_descriptor(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// 16 bytes; zeros where `valid` is false (the source is then not read).
+__device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source, bool valid) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int kPending>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Orders this thread's ordinary (and cp.async) shared-memory writes before later reads by wgmma and TMA.
+__device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void prefetch_l2(const void* pointer) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer) : "memory");
+}
+
+// Programmatic dependent launch: wait for the results of the kernel before; let the kernel after start its prologue.
+__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void launch_next_kernel() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// Registers
+
+template <int kRegisters>
+__device__ __forceinline__ void increase_registers() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void decrease_registers() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// wgmma
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// Keeps the compiler from moving accesses of an accumulator across the asynchronous instructions.
+template <int kCount>
+__device__ __forceinline__ void fence_registers(float (&registers)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(registers[i])::"memory");
+}
+
+// Matrix descriptor of a tile in 128-byte swizzled layout whose address is a multiple of 1024.
+// K-major: rows of 64 elements of K; 1024 bytes between groups of 8 rows.
+// MN-major: blocks of 64 elements of M or N, a row of 128 bytes for each k; 1024 bytes between groups of 8 k,
+// `block_bytes` between blocks.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t block_bytes) {
+  return static_cast<uint64_t>((address & 0x3FFFF) >> 4) | static_cast<uint64_t>(block_bytes >> 4) << 16 |
+         static_cast<uint64_t>(1024 >> 4) << 32 | static_cast<uint64_t>(1) << 62;
+}
+
+#define FASTMOE_F4(d, i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define FASTMOE_F16(d, i) FASTMOE_F4(d, i), FASTMOE_F4(d, i + 4), FASTMOE_F4(d, i + 8), FASTMOE_F4(d, i + 12)
+#define FASTMOE_F32(d, i) FASTMOE_F16(d, i), FASTMOE_F16(d, i + 16)
+#define FASTMOE_R0                                                                                                     \
+  "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
+  "%31"
+#define FASTMOE_R32                                                                                                    \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,"   \
+  "%60,%61,%62,%63"
+#define FASTMOE_R64                                                                                                    \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,"   \
+  "%92,%93,%94,%95"
+#define FASTMOE_R96                                                                                                    \
+  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,"    \
+  "%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+// One instruction; A_ B_ P_ X_ Y_ are the numbers of the operands after the accumulators.
+#define FASTMOE_WGMMA_ONE(TYPE, N_, REGISTERS, A_, B_, P_, X_, Y_, ...)                                         \
+  asm volatile(                                                                                               \
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #P_ ", 0;\n"                                                       \
+      "wgmma.mma_async.sync.aligned.m64n" #N_ "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" #A_ ", %" #B_    \
+      ", p, 1, 1, %" #X_ ", %" #Y_ ";\n}"                                                                     \
+      : __VA_ARGS__                                                                                           \
+      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
+
+#define FASTMOE_WGMMA(N_, REGISTERS, A_, B_, P_, X_, Y_, ...)                             \
+  if constexpr (std::is_same_v<T, __half>) {                                              \
+    FASTMOE_WGMMA_ONE("f16", N_, REGISTERS, A_, B_, P_, X_, Y_, __VA_ARGS__);             \
+  } else {                                                                                \
+    FASTMOE_WGMMA_ONE("bf16", N_, REGISTERS, A_, B_, P_, X_, Y_, __VA_ARGS__);            \
+  }
+
+// d [64, kN] (+)= A [64, 16] @ B [16, kN], both in shared memory; transpose 0: K-major, 1: MN-major.
+template <typename T, int kN, int kTransposeA, int kTransposeB>
+__device__ __forceinline__ void wgmma(float (&d)[kN / 2], uint64_t a, uint64_t b, int accumulate) {
+  static_assert(kN == 64 || kN == 128 || kN == 192 || kN == 256);
+  if constexpr (kN == 64) {
+    FASTMOE_WGMMA(64, FASTMOE_R0, 32, 33, 34, 35, 36, FASTMOE_F32(d, 0));
+  } else if constexpr (kN == 128) {
+    FASTMOE_WGMMA(128, FASTMOE_R0 "," FASTMOE_R32, 64, 65, 66, 67, 68, FASTMOE_F32(d, 0), FASTMOE_F32(d, 32));
+  } else if constexpr (kN == 192) {
+    FASTMOE_WGMMA(192, FASTMOE_R0 "," FASTMOE_R32 "," FASTMOE_R64, 96, 97, 98, 99, 100, FASTMOE_F32(d, 0),
+                  FASTMOE_F32(d, 32), FASTMOE_F32(d, 64));
+  } else {
+    FASTMOE_WGMMA(256, FASTMOE_R0 "," FASTMOE_R32 "," FASTMOE_R64 "," FASTMOE_R96, 128, 129, 130, 131, 132,
+                  FASTMOE_F32(d, 0), FASTMOE_F32(d, 32), FASTMOE_F32(d, 64), FASTMOE_F32(d, 96));
+  }
+}
+
+#undef FASTMOE_WGMMA
+#undef FASTMOE_WGMMA_ONE
+#undef FASTMOE_F4
+#undef FASTMOE_F16
+#undef FASTMOE_F32
+#undef FASTMOE_R0
+#undef FASTMOE_R32
+#undef FASTMOE_R64
+#undef FASTMOE_R96
+
+}  // namespace fastmoe_cpp::cuda::sm90::ptx
