@@ -1,6 +1,6 @@
 #include "moe.h"
 
-#include <torch/nn/functional/activation.h>
+#include <torch/csrc/autograd/custom_function.h>
 
 #include "../ops/checks.h"
 #include "../ops/dispatch.h"
@@ -9,8 +9,6 @@
 #include "../ops/router.h"
 
 namespace fastmoe_cpp {
-namespace F = torch::nn::functional;
-
 namespace {
 
 MoEOptions checked(const MoEOptions& options) {

@@ -13,6 +13,8 @@
 // c10::ValueError and a bad dtype c10::TypeError: one sentence with the name, what was expected and what was found.
 #pragma once
 #include <torch/nn/module.h>
+#include <torch/nn/modules/common.h>
+#include <torch/nn/modules/container/any_value.h>
 #include <torch/nn/pimpl.h>
 #include <torch/types.h>
 
