@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) route_backward_kernel(const Rou
     const A scaling = static_cast<A>(w.scaling);
     A mean = 0, inner = 0;
     if (w.renormalize)
-      mean = sum_over([&](int k) { return grad_weights[k] * scaling * selected.value(id_of(k)); }) / selected.total;
+      mean = sum_over([&](int k) { return grad_weights[k] * scaling * (selected.value(id_of(k)) / selected.total); });
     const auto grad_value = [&](int k) { return (grad_weights[k] * scaling - mean) / selected.total; };
     const bool softmax_after = w.after_topk && w.score == Score::softmax;
     if (softmax_after) inner = sum_over([&](int k) { return grad_value(k) * selected.value(id_of(k)); });

@@ -64,18 +64,18 @@ std::tuple<Tensor, Tensor, Tensor> router_logits_backward_op(const Tensor& grad_
   Tensor grad_hidden = at::empty({0}, hidden_states.options()), grad_weight = at::empty({0}, weight.options());
   Tensor grad_bias = at::empty({0}, grad_logits.options());
   if (x_type == at::kBFloat16 && type == at::kFloat && (output_mask[0] || output_mask[1])) {
-    // Two bfloat16 parts of each float32 factor: relative errors of 2^-16 before float32 sums, no float32 copy of [T, H].
-    const Tensor parts = split(grad, tokens, 2).view({tokens, 2 * experts});
-    if (output_mask[0]) {
-      if (weight.scalar_type() == at::kBFloat16) {
-        grad_hidden = product(parts, at::cat({weight, weight}), x_type);
-      } else {
-        const Tensor w = split(weight.to(at::kFloat), 1, 2).view({2, experts, hidden});
-        grad_hidden = product(at::cat({parts, parts.narrow(1, 0, experts)}, 1), at::cat({w[0], w[0], w[1]}), x_type);
-      }
+    // bfloat16 parts of the float32 factors: as many as the result can hold, and no float32 copy of anything [T, H]
+    const bool wide_weight = weight.scalar_type() != at::kBFloat16;
+    const int count = wide_weight ? 3 : 2;
+    const Tensor parts = split(grad, tokens, count).view({tokens, count * experts}), two = parts.narrow(1, 0, 2 * experts);
+    if (output_mask[0] && wide_weight) {
+      const Tensor w = split(weight.to(at::kFloat), 1, 2).view({2, experts, hidden});
+      grad_hidden = product(at::cat({two, parts.narrow(1, 0, experts)}, 1), at::cat({w[0], w[0], w[1]}), x_type);
+    } else if (output_mask[0]) {
+      grad_hidden = product(two, at::cat({weight, weight}), x_type);
     }
     if (output_mask[1])
-      grad_weight = product(parts.t(), hidden_states, type).view({2, experts, hidden}).sum(0).to(weight.scalar_type());
+      grad_weight = product(parts.t(), hidden_states, type).view({count, experts, hidden}).sum(0).to(weight.scalar_type());
   } else {
     if (output_mask[0]) grad_hidden = product(grad, weight.to(type), type).to(x_type);
     if (output_mask[1]) grad_weight = product(grad.t(), hidden_states.to(type), type).to(weight.scalar_type());
