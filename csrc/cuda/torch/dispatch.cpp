@@ -11,7 +11,7 @@ namespace {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch_op(const Tensor& topk_ids, int64_t num_experts,
                                                        const OptionalTensor& topk_weights,
-                                                       const std::optional<c10::SymInt>& capacity,
+                                                       std::optional<c10::SymInt> capacity,
                                                        std::string_view drop_policy, const OptionalTensor& padding_mask) {
   check_dispatch(topk_ids, num_experts, topk_weights, capacity, drop_policy, padding_mask);
   const c10::cuda::CUDAGuard guard(topk_ids.device());
