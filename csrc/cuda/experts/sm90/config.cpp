@@ -17,17 +17,16 @@ int64_t rows_an_expert(const ExpertShape& shape) {
 
 Tiling choose(Product product, const ExpertShape& shape) {
 #ifdef FASTMOE_SM90_TUNE
-  if (forced_tiling >= 0) return static_cast<Tiling>(forced_tiling);
+  if (forced_tiling >= 0 && product != Product::act_grad) return static_cast<Tiling>(forced_tiling);
 #endif
   switch (product) {
     case Product::up:
+      return rows_an_expert(shape) <= 32 ? Tiling::narrow : Tiling::cooperative;
     case Product::down:
       if (rows_an_expert(shape) <= 32) return Tiling::narrow;
-      return product == Product::up ? Tiling::square : Tiling::wide;
-    case Product::act_grad:
-      return Tiling::square;
+      return shape.intermediate <= 1024 ? Tiling::wide : Tiling::cooperative;
     case Product::input_grad:
-      return Tiling::wide;
+      return shape.intermediate <= 256 ? Tiling::wide : Tiling::cooperative;
     default:
       return Tiling::cooperative;
   }

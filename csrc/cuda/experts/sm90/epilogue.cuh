@@ -114,6 +114,7 @@ __device__ __forceinline__ void store_group(const float (&accumulators)[kCount],
 
 // rows[s] = accumulators (+ bias[e])
 struct RowsEpilogue {
+  static constexpr int kInputHalves = 0;
   struct Params {
     void* out;         // [P, columns]
     const void* bias;  // [E, columns] or null
@@ -121,11 +122,9 @@ struct RowsEpilogue {
   };
 
   template <class G>
-  __device__ static void prefetch(const Arguments<G>&, const Tile&, int) {}
-
-  template <class G>
   __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
-                               float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+                               float (&accumulators)[G::kBlocksM][G::kN / 2], const Ring& ring,
+                               Position<G::kStages>& position) {
     using T = typename G::T;
     const Params& params = args.epilogue;
     const int column = tile.n * G::kN, quad = threadIdx.x & 3;
@@ -160,6 +159,7 @@ struct RowsEpilogue {
 // pre_activation[s] = accumulators * scale(s) + bias[e]; act[s] = f(pre_activation[s]) of the unrounded pre-activation.
 template <bool kGated, bool kSwiGLU>
 struct UpEpilogue {
+  static constexpr int kInputHalves = 0;
   struct Params {
     void *pre_activation, *act;  // [P, up_rows] or null, [P, I] or null
     const void* bias;            // [E, up_rows] or null
@@ -171,11 +171,9 @@ struct UpEpilogue {
   };
 
   template <class G>
-  __device__ static void prefetch(const Arguments<G>&, const Tile&, int) {}
-
-  template <class G>
   __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
-                               float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+                               float (&accumulators)[G::kBlocksM][G::kN / 2], const Ring& ring,
+                               Position<G::kStages>& position) {
     const Params& params = args.epilogue;
     if (params.scale != nullptr) scale_rows<G>(args, tile, first_row, accumulators);
     if (params.bias != nullptr) add_bias<G>(args, tile, accumulators);
@@ -261,11 +259,11 @@ struct UpEpilogue {
   }
 };
 
-// dA = accumulators: reloads the pre-activation, recomputes A, writes f'(pre) * w * dA, w * A, and the tile's share of <dA, A>.
+// dA = accumulators: takes the pre-activation from the ring's stages that follow the tile's own, recomputes A, writes f'(pre) * w * dA, w * A, and the tile's share of <dA, A>.
 template <bool kGated, bool kSwiGLU>
 struct ActGradEpilogue {
+  static constexpr int kInputHalves = kGated ? 2 : 1;
   struct Params {
-    const void* pre_activation;  // [P, up_rows]
     void *grad_pre, *scaled_act; // [P, up_rows], [P, I]; or null
     float* partial;              // [n_tiles, P] or null
     const float* scale;          // routing weights [T, K], or null
@@ -275,96 +273,84 @@ struct ActGradEpilogue {
     float alpha, limit;
   };
 
-  // Brings the tile's pre-activation into L2 while the main loop runs.
-  template <class G>
-  __device__ static void prefetch(const Arguments<G>& args, const Tile& tile, int first_row) {
-    using T = typename G::T;
-    const int thread = threadIdx.x & 127, column = tile.n * G::kN;
-    if (thread < 64 * G::kBlocksM && first_row + thread < tile.rows) {
-      const T* const row = static_cast<const T*>(args.epilogue.pre_activation) +
-                           static_cast<int64_t>(tile.first + first_row + thread) * args.epilogue.intermediate * (kGated ? 2 : 1);
-#pragma unroll
-      for (int c = 0; c < G::kN; c += 64) {
-        if (column + c < args.epilogue.intermediate) {
-          ptx::prefetch_l2(row + column + c);
-          if (kGated) ptx::prefetch_l2(row + args.epilogue.intermediate + column + c);
-        }
-      }
-    }
-    __syncwarp();
-  }
-
   template <class G>
   __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
-                               float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+                               float (&accumulators)[G::kBlocksM][G::kN / 2], const Ring& ring,
+                               Position<G::kStages>& position) {
     const Params& params = args.epilogue;
     with_activation<kGated, kSwiGLU>(params.activation, [&](auto tag) {
       constexpr Activation kActivation = decltype(tag)::value;
       using T = typename G::T;
-      constexpr int kGroups = G::kN / 32;
+      static_assert(G::kCooperative && G::kBlocksM == 1);
       const int quad = threadIdx.x & 3, intermediate = params.intermediate;
-      const int column = tile.n * G::kN + quad * 8;
       const int64_t stride = static_cast<int64_t>(intermediate) * (kGated ? 2 : 1);
-      const T* const pre = static_cast<const T*>(params.pre_activation);
-      // A step: 32 columns of one row half, its pre-activation loaded a step ahead.
-      constexpr int kSteps = G::kBlocksM * 2 * kGroups;
-      uint4 loaded[2] = {};
-      const auto load = [&](int step) {
-        const int row = row_of(first_row, step / (2 * kGroups), step / kGroups % 2), c = column + step % kGroups * 32;
-        if (row < tile.rows && c < intermediate) {
-          const T* const source = pre + (tile.first + row) * stride + c;
-          loaded[0] = *reinterpret_cast<const uint4*>(source);
-          if constexpr (kGated) loaded[1] = *reinterpret_cast<const uint4*>(source + intermediate);
-        }
-      };
-      load(0);
-      float scale = 1.0f, dot = 0.0f;
+      float scale[2] = {1.0f, 1.0f}, dot[2] = {0.0f, 0.0f};
+      if (params.scale != nullptr) {
 #pragma unroll
-      for (int step = 0; step < kSteps; ++step) {
-        const int m = step / (2 * kGroups), h = step / kGroups % 2, group = step % kGroups;
-        const int row = row_of(first_row, m, h), c = column + group * 32;
-        const int64_t slot = tile.first + row;
-        if (group == 0) {
-          if (params.scale != nullptr) scale = row < tile.rows ? params.scale[args.slot_index[slot]] : 0.0f;
-          dot = 0.0f;
+        for (int h = 0; h < 2; ++h) {
+          const int row = row_of(first_row, 0, h);
+          scale[h] = row < tile.rows ? params.scale[args.slot_index[tile.first + row]] : 0.0f;
         }
-        const uint32_t gates[4] = {loaded[0].x, loaded[0].y, loaded[0].z, loaded[0].w};
-        const uint32_t ups[4] = {loaded[1].x, loaded[1].y, loaded[1].z, loaded[1].w};
-        if (step + 1 < kSteps) load(step + 1);
-        uint32_t low[4], high[4];
+      }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          low[i] = bits_of(accumulators[m][4 * (4 * group + i) + 2 * h]);
-          high[i] = bits_of(accumulators[m][4 * (4 * group + i) + 2 * h + 1]);
-        }
-        transpose_quad(low);
-        transpose_quad(high);
-        uint32_t grad_gate[4], grad_up[4], act[4];
-        float part = 0.0f;
+      for (int block = 0; block < G::kN / 64; ++block) {
+        if (tile.n * G::kN + block * 64 < intermediate) {
+          ptx::barrier_wait(ring.full + position.stage * 8, position.phase);
+          const uint32_t input = ring.stages + position.stage * G::kStageBytes + first_row * 128;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float2 gate = unpack<T>(gates[i]), up = kGated ? unpack<T>(ups[i]) : float2{0, 0};
-          const float da0 = __uint_as_float(low[i]), da1 = __uint_as_float(high[i]);
-          const auto g0 = gradient_of<kActivation>(gate.x, up.x, da0, params.alpha, params.limit);
-          const auto g1 = gradient_of<kActivation>(gate.y, up.y, da1, params.alpha, params.limit);
-          part += da0 * g0.value + da1 * g1.value;
-          grad_gate[i] = pack<T>(g0.grad_gate * scale, g1.grad_gate * scale);
-          grad_up[i] = pack<T>(g0.grad_up * scale, g1.grad_up * scale);
-          act[i] = pack<T>(g0.value * scale, g1.value * scale);
-        }
-        if (row < tile.rows && c < intermediate) {
-          dot += part;
-          if (params.grad_pre != nullptr) {
-            T* const out = static_cast<T*>(params.grad_pre) + slot * stride + c;
-            store_16(out, grad_gate);
-            if constexpr (kGated) store_16(out + intermediate, grad_up);
+          for (int step = 0; step < 4; ++step) {
+            const int h = step >> 1, group = step & 1, b = block * 8 + group * 4;
+            const int row = row_of(first_row, 0, h), c = tile.n * G::kN + b * 8 + quad * 8;
+            const int64_t slot = tile.first + row;
+            const int local = row_of(0, 0, h);
+            const uint32_t address = input + local * 128 + (((group * 4 + quad) ^ (local & 7)) << 4);
+            uint32_t gates[4], ups[4] = {};
+            ptx::load_shared_16(gates, address);
+            if constexpr (kGated) ptx::load_shared_16(ups, address + G::kM * 128);
+            uint32_t low[4], high[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              low[i] = bits_of(accumulators[0][4 * (b + i) + 2 * h]);
+              high[i] = bits_of(accumulators[0][4 * (b + i) + 2 * h + 1]);
+            }
+            transpose_quad(low);
+            transpose_quad(high);
+            uint32_t grad_gate[4], grad_up[4], act[4];
+            float part = 0.0f;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const float2 gate = unpack<T>(gates[i]), up = kGated ? unpack<T>(ups[i]) : float2{0, 0};
+              const float da0 = __uint_as_float(low[i]), da1 = __uint_as_float(high[i]);
+              const auto g0 = gradient_of<kActivation>(gate.x, up.x, da0, params.alpha, params.limit);
+              const auto g1 = gradient_of<kActivation>(gate.y, up.y, da1, params.alpha, params.limit);
+              part += da0 * g0.value + da1 * g1.value;
+              grad_gate[i] = pack<T>(g0.grad_gate * scale[h], g1.grad_gate * scale[h]);
+              grad_up[i] = pack<T>(g0.grad_up * scale[h], g1.grad_up * scale[h]);
+              act[i] = pack<T>(g0.value * scale[h], g1.value * scale[h]);
+            }
+            if (row < tile.rows && c < intermediate) {
+              dot[h] += part;
+              if (params.grad_pre != nullptr) {
+                T* const out = static_cast<T*>(params.grad_pre) + slot * stride + c;
+                store_16(out, grad_gate);
+                if constexpr (kGated) store_16(out + intermediate, grad_up);
+              }
+              if (params.scaled_act != nullptr) store_16(static_cast<T*>(params.scaled_act) + slot * intermediate + c, act);
+            }
           }
-          if (params.scaled_act != nullptr) store_16(static_cast<T*>(params.scaled_act) + slot * intermediate + c, act);
+          __syncwarp();
+          if ((threadIdx.x & 31) == 0) ptx::barrier_arrive(ring.empty + position.stage * 8);
+          position.advance();
         }
-        if (group == kGroups - 1 && params.partial != nullptr) {
-          dot += __shfl_xor_sync(0xFFFFFFFF, dot, 1);
-          dot += __shfl_xor_sync(0xFFFFFFFF, dot, 2);
-          if (quad == 0 && row < tile.rows) params.partial[tile.n * params.slots + slot] = dot;
+      }
+      if (params.partial != nullptr) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          float sum = dot[h];
+          sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
+          sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
+          const int row = row_of(first_row, 0, h);
+          if (quad == 0 && row < tile.rows) params.partial[tile.n * params.slots + tile.first + row] = sum;
         }
       }
     });
@@ -373,6 +359,7 @@ struct ActGradEpilogue {
 
 // grad[e] = accumulators; row m of the tile's columns is row `half * I + i` of a gate half then an up half.
 struct WeightGradEpilogue {
+  static constexpr int kInputHalves = 0;
   struct Params {
     void* grad;        // [E, rows, columns]
     int rows, columns;
@@ -380,11 +367,9 @@ struct WeightGradEpilogue {
   };
 
   template <class G>
-  __device__ static void prefetch(const Arguments<G>&, const Tile&, int) {}
-
-  template <class G>
   __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
-                               float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+                               float (&accumulators)[G::kBlocksM][G::kN / 2], const Ring& ring,
+                               Position<G::kStages>& position) {
     using T = typename G::T;
     const Params& params = args.epilogue;
     const int column = tile.n * G::kN;

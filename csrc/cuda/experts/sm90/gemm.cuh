@@ -36,10 +36,9 @@ struct Gemm {
   static constexpr int kRowTile = kWeightGrad ? 0 : kM;
   static constexpr int kABytes = kM * 128, kBBytes = kN * 128, kStageBytes = kABytes + kBBytes;
   static constexpr int kStages = 204800 / kStageBytes > 12 ? 12 : 204800 / kStageBytes;
-  static constexpr int kPublishDelay = kStages / 2;  // stages between issuing gathered rows and publishing them
   static constexpr bool kGathers = is_gathered(kA) || is_gathered(kB);
   // 504 in all for the three warpgroups.
-  static constexpr int kProducerRegisters = !kGathers ? 40 : kN * kBlocksM > 256 ? 56 : 72;
+  static constexpr int kProducerRegisters = !kGathers ? 40 : kN * kBlocksM > 256 ? 56 : 88;
   static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
   static constexpr int shared_bytes(int experts) {
     return 1024 + kStages * kStageBytes + 2 * kStages * 8 + Schedule::shared_bytes(experts);
@@ -49,15 +48,22 @@ struct Gemm {
 template <class G>
 struct Arguments {
   CUtensorMap a_map, b_map;       // of operands that come by TMA
+  CUtensorMap input_map;          // of the epilogue's input, where it has one: [halves][P][n_size]
   const void* gathered;           // [T, gathered_columns]
   const int32_t *slot_index, *expert_offsets;
   const float* slot_scale;        // weight gradients: routing weight [T, K] that scales A's slots, or null
   int64_t gathered_columns;
-  int experts, top_k;
+  int experts;
+  uint32_t token_multiplier;      // pair / top_k = pair * multiplier >> 32 + shift; 0: top_k is 1
+  int token_shift;
   int k_size, k_halves;           // contraction: k_halves parts of k_size (weight gradients: unused)
   int m_size, n_size;             // columns of the output (of a half of it); m_size: weight gradients alone
   int m_tiles, n_tiles;
   typename G::Epilogue::Params epilogue;
+
+  __device__ __forceinline__ int token_of(int pair) const {
+    return token_multiplier == 0 ? pair : static_cast<int>(__umulhi(pair, token_multiplier) >> token_shift);
+  }
 };
 
 struct Ring {
@@ -82,6 +88,13 @@ template <class G>
 __device__ __forceinline__ int k_blocks_of(const Arguments<G>& args, const Tile& tile) {
   if constexpr (G::kWeightGrad) return (tile.rows + kBlockK - 1) / kBlockK;
   return args.k_halves * ((args.k_size + kBlockK - 1) / kBlockK);
+}
+
+// Stages of 64 columns that follow the tile's own with the epilogue's input.
+template <class G>
+__device__ __forceinline__ int input_blocks_of(const Arguments<G>& args, const Tile& tile) {
+  if constexpr (G::Epilogue::kInputHalves == 0) return 0;
+  return min(G::kN / 64, (args.n_size - tile.n * G::kN + 63) / 64);
 }
 
 // ---- producer ----
@@ -128,14 +141,32 @@ __device__ __forceinline__ void load_by_tma(const Arguments<G>& args, const Tile
   }
 }
 
-// Gathers rows of A: thread -> one 16-byte chunk of kM / 16 rows. Rows past the tile are left as they are: they reach
-// only output rows that nobody stores.
+template <class G>
+__device__ __forceinline__ void load_input(const Arguments<G>& args, const Tile& tile, int block, uint32_t stage, uint32_t full) {
+  constexpr int kHalves = G::Epilogue::kInputHalves;
+  static_assert(kHalves * G::kM * 128 <= G::kStageBytes);
+  const int boxes = G::kM > 64 && tile.rows > 64 ? 2 : 1;
+  ptx::barrier_arrive_expect(full, kHalves * boxes * kBoxBytes);
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    for (int i = 0; i < boxes; ++i) {
+      ptx::tma_load(stage + half * G::kM * 128 + i * kBoxBytes, &args.input_map, full, tile.n * G::kN + block * 64,
+                    tile.first + i * 64, half, 0);
+    }
+  }
+}
+
+// In both gathers, thread -> one 16-byte chunk (thread % 8) of a 128-byte segment of rows thread / 8 + 16 i. Producers are
+// bound by their own instructions: pointers are kept across stages, and full tiles take a path without predicates.
+
+// Gathers rows of A. Rows past the tile reach only output rows that nobody stores; the contraction's tail is zeros.
 template <class G>
 struct RowGather {
   using T = typename G::T;
   static constexpr int kRows = G::kM / 16;
   int pairs[kRows];  // of the tile to come, fetched while the present one runs
   const T* sources[kRows];
+  uint32_t rows_inside;
 
   __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) {
     const int row = (threadIdx.x & 127) >> 3;
@@ -145,58 +176,82 @@ struct RowGather {
     }
   }
   __device__ __forceinline__ void begin(const Arguments<G>& args) {
-    const int chunk = threadIdx.x & 7;
+    const T* const base = static_cast<const T*>(args.gathered) + (threadIdx.x & 7) * 8;
+    rows_inside = 0;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      const T* const base = static_cast<const T*>(args.gathered) + chunk * 8;
-      sources[i] = pairs[i] < 0 ? nullptr : base + static_cast<int64_t>(pairs[i] / args.top_k) * args.gathered_columns;
+      sources[i] = base + static_cast<int64_t>(args.token_of(max(pairs[i], 0))) * args.gathered_columns;
+      rows_inside |= static_cast<uint32_t>(pairs[i] >= 0) << i;
     }
   }
-  __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile&, int k_block, uint32_t a, uint32_t) {
+  __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t) {
     const int row = (threadIdx.x & 127) >> 3, chunk = threadIdx.x & 7;
-    const bool inside = k_block * kBlockK + chunk * 8 < args.k_size;
     const uint32_t destination = a + row * 128 + ((chunk ^ (row & 7)) << 4);
+    if (tile.rows == G::kM && (k_block + 1) * kBlockK <= args.k_size) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      if (sources[i] != nullptr) {
-        ptx::copy_async_16(destination + i * 2048, inside ? sources[i] : static_cast<const T*>(args.gathered), inside);
+      for (int i = 0; i < kRows; ++i) {
+        ptx::copy_async_16(destination + i * 2048, sources[i]);
+        sources[i] += kBlockK;
+      }
+    } else {
+      const bool inside = k_block * kBlockK + chunk * 8 < args.k_size;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (rows_inside >> i & 1) {
+          ptx::copy_async_16(destination + i * 2048, inside ? sources[i] : static_cast<const T*>(args.gathered), inside);
+        }
         sources[i] += kBlockK;
       }
     }
   }
 };
 
-// Gathers the contraction's rows, MN-major: warp -> 16 of the 64 slots, whole rows of the tile's columns. Slots past the
-// expert's end are zeros.
+// Gathers the contraction's rows, MN-major: 64 slots, kColumns columns of their tokens. Slots past the expert's end are
+// zeros.
 template <class G>
 struct ColumnGather {
   using T = typename G::T;
   static constexpr int kColumns = G::kA == Load::gathered_columns ? G::kM : G::kN;
-  static constexpr int kLanes = kColumns / 8, kRowsACopy = 32 / kLanes;
-  static_assert(kLanes == 32 || kLanes == 16);
-  int pair;  // of the k block to come; lane -> slot lane % 16 of the warp's
+  int pairs[4];  // of the k block to come
 
   __device__ __forceinline__ void fetch_block(const Arguments<G>& args, const Tile& tile, int k_block) {
-    const int slot = k_block * kBlockK + ((threadIdx.x & 127) >> 5) * 16 + (threadIdx.x & 15);
-    pair = slot < tile.rows ? args.slot_index[tile.first + slot] : -1;
+    const int slot = k_block * kBlockK + ((threadIdx.x & 127) >> 3);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) pairs[i] = slot + 16 * i < tile.rows ? args.slot_index[tile.first + slot + 16 * i] : -1;
   }
   __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) { fetch_block(args, tile, 0); }
   __device__ __forceinline__ void begin(const Arguments<G>&) {}
   __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t b) {
-    const int warp = (threadIdx.x & 127) >> 5, lane = threadIdx.x & 31, chunk = lane % kLanes;
-    const int token = pair < 0 ? -1 : pair / args.top_k;
-    fetch_block(args, tile, k_block + 1);
-    const int column = (G::kA == Load::gathered_columns ? tile.m : tile.n) * kColumns + chunk * 8;
-    const T* const source = static_cast<const T*>(args.gathered) + column;
-    const bool inside = column < args.gathered_columns;
-    const uint32_t destination = (G::kA == Load::gathered_columns ? a : b) + (chunk >> 3) * kBoxBytes;
+    const int row = (threadIdx.x & 127) >> 3, chunk = threadIdx.x & 7;
+    const int first_column = (G::kA == Load::gathered_columns ? tile.m : tile.n) * kColumns, column = first_column + chunk * 8;
+    const uint32_t destination = (G::kA == Load::gathered_columns ? a : b) + row * 128 + ((chunk ^ (row & 7)) << 4);
+    const T* sources[4];
+    bool valid[4];
 #pragma unroll
-    for (int i = 0; i < 16; i += kRowsACopy) {
-      const int row = warp * 16 + i + lane / kLanes;
-      const int row_token = __shfl_sync(0xFFFFFFFF, token, i + lane / kLanes);
-      const bool valid = inside && row_token >= 0;
-      ptx::copy_async_16(destination + row * 128 + (((chunk & 7) ^ (row & 7)) << 4),
-                         valid ? source + row_token * args.gathered_columns : static_cast<const T*>(args.gathered), valid);
+    for (int i = 0; i < 4; ++i) {
+      sources[i] = static_cast<const T*>(args.gathered) + column +
+                   static_cast<int64_t>(args.token_of(max(pairs[i], 0))) * args.gathered_columns;
+      valid[i] = pairs[i] >= 0;
+    }
+    fetch_block(args, tile, k_block + 1);
+    if ((k_block + 1) * kBlockK <= tile.rows && first_column + kColumns <= args.gathered_columns) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int box = 0; box < kColumns / 64; ++box) {
+          ptx::copy_async_16(destination + i * 2048 + box * kBoxBytes, sources[i] + box * 64);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int box = 0; box < kColumns / 64; ++box) {
+          const bool inside = valid[i] && column + box * 64 < args.gathered_columns;
+          ptx::copy_async_16(destination + i * 2048 + box * kBoxBytes,
+                             inside ? sources[i] + box * 64 : static_cast<const T*>(args.gathered), inside);
+        }
+      }
     }
   }
 };
@@ -207,22 +262,11 @@ __device__ __forceinline__ void produce(const Arguments<G>& args, const Schedule
   if (!G::kGathers && thread >= 32) return;
   using Gather = std::conditional_t<is_mn_major(G::kA), ColumnGather<G>, RowGather<G>>;
   Gather gather;
-  Position<G::kStages> position, published;
-  int pending = 0;
+  Position<G::kStages> position;
   int index = blockIdx.x;
   if (index >= schedule.total) return;
   Tile tile = schedule.find<G::kRowTile>(index);
   if constexpr (G::kGathers) gather.fetch(args, tile);
-
-  // Gathered rows are written through the generic proxy and read by wgmma through the async proxy: each thread waits for
-  // its copies, fences, and only then does its warp arrive. Publishing runs kPublishDelay stages behind issuing.
-  const auto publish = [&] {
-    ptx::proxy_fence();
-    __syncwarp();
-    if ((thread & 31) == 0) ptx::barrier_arrive(ring.full + published.stage * 8);
-    published.advance();
-    --pending;
-  };
 
   while (true) {
     const int k_blocks = k_blocks_of(args, tile);
@@ -241,22 +285,25 @@ __device__ __forceinline__ void produce(const Arguments<G>& args, const Schedule
       __syncwarp();
       if constexpr (G::kGathers) {
         gather.issue(args, tile, k_block, a, b);
-        ptx::copy_async_commit();
-        if (++pending > G::kPublishDelay) {
-          ptx::copy_async_wait<G::kPublishDelay>();
-          publish();
-        }
+        ptx::copy_async_arrive(ring.full + position.stage * 8);
       }
       position.advance();
+    }
+    if constexpr (G::Epilogue::kInputHalves > 0) {
+      const int input_blocks = input_blocks_of(args, tile);
+      for (int block = 0; block < input_blocks; ++block) {
+        const uint32_t full = ring.full + position.stage * 8;
+        ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
+        if (thread == 0) load_input<G>(args, tile, block, ring.stages + position.stage * G::kStageBytes, full);
+        __syncwarp();
+        if constexpr (G::kGathers) ptx::barrier_arrive(full);
+        position.advance();
+      }
     }
     if (!more) break;
     tile = next;
     index = next_index;
     if constexpr (G::kGathers && G::kA != Load::gathered_rows) gather.fetch(args, tile);
-  }
-  if constexpr (G::kGathers) {
-    ptx::copy_async_wait<0>();
-    while (pending > 0) publish();
   }
 }
 
@@ -278,21 +325,16 @@ __device__ __forceinline__ void fix_slots(const Arguments<G>& args, const Tile& 
     const int row = (i >> 3) & 63;
     const uint32_t address = base + i * 16;
     if (row >= valid) {
-      asm volatile("st.shared.v4.b32 [%0], {%1, %1, %1, %1};" ::"r"(address), "r"(0) : "memory");
+      ptx::store_shared_16(address, {0, 0, 0, 0});
     } else if (scaled && kFixA) {
       using T = typename G::T;
       const float scale = args.slot_scale[args.slot_index[tile.first + k_block * kBlockK + row]];
       alignas(16) T values[8];
-      uint32_t* const words = reinterpret_cast<uint32_t*>(values);
-      asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-                   : "r"(address)
-                   : "memory");
+      uint32_t(&words)[4] = reinterpret_cast<uint32_t(&)[4]>(values);
+      ptx::load_shared_16(words, address);
 #pragma unroll
       for (int j = 0; j < 8; ++j) values[j] = T(static_cast<float>(values[j]) * scale);
-      asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(words[0]), "r"(words[1]), "r"(words[2]),
-                   "r"(words[3])
-                   : "memory");
+      ptx::store_shared_16(address, words);
     }
   }
   ptx::proxy_fence();
@@ -314,6 +356,9 @@ __device__ __forceinline__ void multiply(float (&accumulators)[G::kBlocksM][G::k
   for (int k_block = 0; k_block < k_blocks; ++k_block) {
     const int stage = position.stage;
     ptx::barrier_wait(ring.full + stage * 8, position.phase);
+    // Gathered rows were written through the generic proxy, wgmma reads through the async proxy. The fence stands on this
+    // side: the producer would have to wait for its copies before it.
+    if constexpr (G::kGathers) ptx::proxy_fence();
     if constexpr (G::kWeightGrad) {
       const uint32_t a = ring.stages + stage * G::kStageBytes;
       fix_slots<G>(args, tile, k_block, a, a + G::kABytes, group);
@@ -359,7 +404,6 @@ __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule
     const Tile tile = schedule.find<G::kRowTile>(index);
     const int k_blocks = k_blocks_of(args, tile);
     const int first_row = G::kCooperative ? group * 64 * G::kBlocksM : 0;  // of this warpgroup in the tile
-    G::Epilogue::template prefetch<G>(args, tile, first_row);
     // A warpgroup may wait for a stage only when every earlier phase of it has passed: parity tells just two apart.
     if (!G::kCooperative && turn > 0) ptx::named_barrier_sync(kOrderBarrier + group, 256);
     if (G::kWeightGrad && k_blocks == 0) {
@@ -371,7 +415,8 @@ __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule
     }
     const int rows_here = G::kWeightGrad ? G::kM : __shfl_sync(0xFFFFFFFF, tile.rows - first_row, 0);
     if (rows_here <= 0) {
-      for (int k_block = 0; k_block < k_blocks; ++k_block) {
+      const int blocks = k_blocks + input_blocks_of(args, tile);
+      for (int block = 0; block < blocks; ++block) {
         ptx::barrier_wait(ring.full + position.stage * 8, position.phase);
         if (signals) ptx::barrier_arrive(ring.empty + position.stage * 8);
         position.advance();
@@ -390,7 +435,7 @@ __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule
     if (k_blocks > 0 && signals) {
       ptx::barrier_arrive(ring.empty + (position.stage == 0 ? G::kStages - 1 : position.stage - 1) * 8);
     }
-    G::Epilogue::template store<G>(args, tile, first_row, accumulators);
+    G::Epilogue::template store<G>(args, tile, first_row, accumulators, ring, position);
   }
 }
 
@@ -406,7 +451,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
   ring.empty = ring.full + G::kStages * 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < G::kStages; ++i) {
-      ptx::barrier_init(ring.full + i * 8, 1 + (G::kGathers ? 4 : 0));
+      ptx::barrier_init(ring.full + i * 8, 1 + (G::kGathers ? 128 : 0));
       ptx::barrier_init(ring.empty + i * 8, G::kCooperative ? 8 : 4);
     }
     ptx::barrier_init_fence();

@@ -44,7 +44,13 @@ Arguments<G> arguments(const ExpertShape& shape, const Plan& plan) {
   args.slot_index = plan.slot_index;
   args.expert_offsets = plan.expert_offsets;
   args.experts = shape.experts;
-  args.top_k = shape.top_k;
+  // With l = ceil(log2 K), ceil(2^(31 + l) / K) divides every pair < 2^31 exactly by a multiplication.
+  if (shape.top_k > 1) {
+    int log = 1;
+    while ((1ll << log) < shape.top_k) ++log;
+    args.token_multiplier = static_cast<uint32_t>(((1ull << (31 + log)) + shape.top_k - 1) / shape.top_k);
+    args.token_shift = log - 1;
+  }
   args.k_halves = 1;
   return args;
 }

@@ -87,18 +87,28 @@ __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* 
                : "memory");
 }
 
-__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int kPending>
-__device__ __forceinline__ void copy_async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+__device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
 }
 
-// Orders this thread's ordinary (and cp.async) shared-memory writes before later reads by wgmma and TMA.
+// One arrival (of those the barrier was made for) once all copies of this thread so far have been written.
+__device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Orders ordinary and cp.async shared-memory writes that this thread made, or knows of through a barrier, before its later
+// reads and writes by wgmma and TMA.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-__device__ __forceinline__ void prefetch_l2(const void* pointer) {
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(pointer) : "memory");
+__device__ __forceinline__ void load_shared_16(uint32_t (&v)[4], uint32_t address) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_shared_16(uint32_t address, const uint32_t (&v)[4]) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
 }
 
 // Programmatic dependent launch: wait for the results of the kernel before; let the kernel after start its prologue.

@@ -27,13 +27,15 @@ cudaError_t tile_up(const UpParams& p, cudaStream_t stream) {
     case Tiling::narrow:
       return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 1, 64, kHalves, false, Epilogue>>(p, stream);
 #ifdef FASTMOE_SM90_TUNE
+    case Tiling::square:
+      return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 2, 128, kHalves, false, Epilogue>>(p, stream);
     case Tiling::wide:
-      return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 2, 192, kHalves, false, Epilogue>>(p, stream);
-    case Tiling::cooperative:
-      return run_up<Gemm<T, Load::gathered_rows, Load::rows, true, 1, 256, kHalves, false, Epilogue>>(p, stream);
+      if constexpr (kSwiGLU) {
+        return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 2, 192, kHalves, false, Epilogue>>(p, stream);
+      }
 #endif
     default:
-      return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 2, 128, kHalves, false, Epilogue>>(p, stream);
+      return run_up<Gemm<T, Load::gathered_rows, Load::rows, true, 1, 256, kHalves, false, Epilogue>>(p, stream);
   }
 }
 
