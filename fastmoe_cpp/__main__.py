@@ -14,8 +14,8 @@ def bench(arguments: list[str]) -> int:
     script = Path(__file__).resolve().parent.parent / "benchmarks" / "cpu_experts.py"
     if not script.is_file():
         print(
-            "fastmoe_cpp bench: the benchmarks are in the source tree and not in an installed package: run this command "
-            "in a checkout of the repository",
+            "fastmoe_cpp bench: the benchmarks are in the source tree and not in an installed package: run this "
+            "command in a checkout of the repository",
             file=sys.stderr,
         )
         return 1
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands.add_parser(
         "bench",
-        help="times the CPU kernels beside plain torch, transformers' blocks and the BLAS bound (--help for its options)",
+        help="times the CPU kernels beside plain torch, transformers' blocks and the BLAS bound (has its own --help)",
         add_help=False,
     )
     arguments, rest = parser.parse_known_args(argv)

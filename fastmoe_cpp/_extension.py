@@ -73,7 +73,8 @@ def load() -> None:
     try:
         torch.ops.load_library(LIBRARY)
     except (OSError, RuntimeError) as error:
-        load_error = explain(built, here, str(error).splitlines()[0])
+        # torch names the file; what the linker said is the cause
+        load_error = explain(built, here, str(error.__cause__ or error).splitlines()[0])
         return
     load_error = None
     if built is not None and not built.get("cuda"):

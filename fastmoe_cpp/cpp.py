@@ -1,4 +1,4 @@
-"""Where a C++ program finds the library: its headers, itself, and its CMake package, in an installed or editable package.
+"""Where a C++ program finds the library: its headers, itself, and its CMake package, installed or editable.
 
     cmake -S . -B build -DCMAKE_PREFIX_PATH="$(python -c 'import fastmoe_cpp; print(fastmoe_cpp.cmake_prefix_path)')"
 

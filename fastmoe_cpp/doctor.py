@@ -34,8 +34,12 @@ def paths() -> list[ComputePath]:
     """The three paths, each with what it lacks here."""
     return [
         ComputePath("CPU", "cpu", ((torch.float32, 48, 40), (torch.bfloat16, 48, 40)), _extension.load_error),
-        ComputePath("CUDA, portable", "cuda", ((torch.float32, 48, 40), (torch.bfloat16, 36, 20)), lacks_for_portable()),
-        ComputePath("CUDA, Hopper", "cuda", ((torch.bfloat16, 256, 128), (torch.float16, 256, 128)), lacks_for_hopper()),
+        ComputePath(
+            "CUDA, portable", "cuda", ((torch.float32, 48, 40), (torch.bfloat16, 36, 20)), lacks_for_portable()
+        ),
+        ComputePath(
+            "CUDA, Hopper", "cuda", ((torch.bfloat16, 256, 128), (torch.float16, 256, 128)), lacks_for_hopper()
+        ),
     ]
 
 

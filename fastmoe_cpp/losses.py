@@ -117,7 +117,7 @@ def sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 class _AddGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_states: Tensor, loss: Tensor, scale: float) -> Tensor:
+    def forward(ctx, hidden_states: Tensor, loss: Tensor, scale: float | Tensor) -> Tensor:
         ctx.scale = scale
         ctx.like = (loss.dtype, loss.device)
         return hidden_states.view_as(hidden_states)
@@ -125,9 +125,9 @@ class _AddGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         dtype, device = ctx.like
-        return grad, torch.full((), ctx.scale, dtype=dtype, device=device), None
+        return grad, (torch.ones((), dtype=dtype, device=device) * ctx.scale).to(dtype), None
 
 
-def add_gradient(hidden_states: Tensor, loss: Tensor, scale: float = 1.0) -> Tensor:
+def add_gradient(hidden_states: Tensor, loss: Tensor, scale: float | Tensor = 1.0) -> Tensor:
     """hidden_states itself; where a gradient flows back through it, scale * loss is trained on as well."""
     return _AddGradient.apply(hidden_states, loss, scale)

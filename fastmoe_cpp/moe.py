@@ -38,7 +38,7 @@ class MoE(nn.Module):
         self.shared_experts: SharedExperts | None = None
         if config.shared_intermediate_size is not None:
             self.shared_experts = SharedExperts(config, device=device, dtype=dtype)
-        self.aux_loss_scale = 1.0
+        self.aux_loss_scale: float | Tensor = 1.0
         #: Ranks over which the 'global' balance loss counts, besides micro-batches; None is this rank alone.
         self.balance_group: torch.distributed.ProcessGroup | None = None
         # [E] int64 while a monitor.LoadMonitor watches the layer

@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from fastmoe_cpp import fused_experts, monitor, recompute
-from modules.cases import CASES, HIDDEN, TOP_K, assert_same, config, gradients, make
+from modules.cases import HIDDEN, TOP_K, assert_same, config, gradients, make
 
 
 @pytest.fixture(autouse=True)
@@ -25,16 +25,14 @@ def same(layer, compiled, x, **kwargs):
     assert_same(*(gradients(layer, x, (out * grad).sum()) for out in (y_compiled, y)), rtol=1e-12)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", ["qwen2", "switch", "llama4", "sinkhorn", "float64_router", "bfloat16_router"])
 def test_static(case, device):
     layer = make(case, device)
-    if layer.config.router.balance_loss == "global":
-        layer.eval()  # in training the two passes to compare would count on
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=False)
     same(layer, compiled, torch.randn(2, 6, HIDDEN, device=device, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("case", ["mixtral", "deepseek", "capacity", "gpt_oss"])
+@pytest.mark.parametrize("case", ["deepseek", "capacity", "gpt_oss"])
 def test_dynamic_is_one_graph(case, device):
     layer = make(case, device)
     counter = CompileCounterWithBackend("aot_eager")
@@ -63,16 +61,24 @@ def test_routing_output(device):
     torch.testing.assert_close(replayed.hidden_states, out.hidden_states)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_inductor(dynamic, device):
+def test_inductor(device):
     layer = make("deepseek", device, torch.float32)
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
-    for tokens in (6, 17) if dynamic else (6,):
+    compiled = torch.compile(layer, fullgraph=True, dynamic=True)
+    for tokens in (6, 17):
         x = torch.randn(2, tokens, HIDDEN, device=device, requires_grad=True)
         y, y_compiled = layer(x), compiled(x)
         assert_same({"y": y_compiled}, {"y": y}, rtol=1e-5)
         grad = torch.randn_like(y)
         assert_same(*(gradients(layer, x, (out * grad).sum()) for out in (y_compiled, y)), rtol=1e-5)
+
+
+def test_the_scale_of_the_auxiliary_gradient(device):
+    layer = make("deepseek", device)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 6, HIDDEN, device=device, dtype=torch.float64, requires_grad=True)
+    for scale in (1.0, 0.25, torch.tensor(8.0, device=device)):
+        layer.aux_loss_scale = scale
+        assert_same(gradients(layer, x, compiled(x).sum()), gradients(layer, x, layer(x).sum()), rtol=1e-12)
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["checkpoint_of_compiled", "compiled_checkpoint"])

@@ -147,7 +147,7 @@ def test_forward_adds_the_gradient_that_forward_with_routing_returns(form, devic
     router = {"balance_loss": form, "balance_loss_coefficient": 0.3, "z_loss_coefficient": 0.2}
     x = torch.randn(2, 8, HIDDEN, device=device, dtype=torch.float64, requires_grad=True)
     grad = torch.randn_like(x)
-    for scale in (1.0, 0.25, 0.0):
+    for scale in (1.0, 0.25, 0.0, torch.tensor(0.5, device=device)):
         torch.manual_seed(5)
         layer = make(config(router), device)
         out = layer.forward_with_routing(x)

@@ -244,11 +244,11 @@ def test_nothing_grows(case, device):
 
     def alive():
         gc.collect()
-        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        return sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
 
-    steps(60)
+    steps(50)
     before, memory = alive(), resident_bytes()
-    steps(240)
+    steps(150)
     assert alive() == before
     assert resident_bytes() - memory < 8 * 2**20
 
