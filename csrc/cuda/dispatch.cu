@@ -15,6 +15,7 @@ constexpr int64_t kBlockPairs = 2048;
 constexpr int64_t kMaxBlocks = 1024;
 constexpr int kStepsInFlight = 4;
 constexpr int kSelectThreads = 1024;
+constexpr int kRun = 4;  // keys a thread has in flight
 
 // counts[warps][E] and offset[E + 1] stay within 48 KiB of shared memory.
 int warps_for(int experts) { return experts <= 512 ? 16 : 8; }
@@ -79,21 +80,31 @@ __device__ void count_pairs(const DispatchParams& p, const Walk& walk, int bits,
   __syncthreads();
 }
 
-// The sum of x over the threads before this one. `scratch` holds a number a warp; the block calls this together.
-__device__ int sum_before(int x, int* scratch) {
-  const int lane = lane_id(), warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+// The sum of x over the lanes before this one.
+__device__ __forceinline__ int warp_sum_before(int x) {
   int upto = x;
 #pragma unroll
   for (int d = 1; d < kWarp; d *= 2) {
     const int other = __shfl_up_sync(kAllLanes, upto, d);
-    if (lane >= d) upto += other;
+    if (lane_id() >= d) upto += other;
   }
+  return upto - x;
+}
+
+// The sum of x over the threads before this one, and over all. `scratch` holds a number a warp; the block calls together.
+__device__ int sum_before(int x, int* scratch, int* all = nullptr) {
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const int in_warp = warp_sum_before(x);
   __syncthreads();
-  if (lane == kWarp - 1) scratch[warp] = upto;
+  if (lane_id() == kWarp - 1) scratch[warp] = in_warp + x;
   __syncthreads();
-  int before = upto - x;
-  for (int w = 0; w < warps; ++w) before += w < warp ? scratch[w] : 0;
-  return before;
+  int before = 0, total = 0;
+  for (int w = 0; w < warps; ++w) {
+    before += w < warp ? scratch[w] : 0;
+    total += scratch[w];
+  }
+  if (all) *all = total;
+  return before + in_warp;
 }
 
 // offset[e] = sum over experts before e of min(tokens_per_expert, capacity), e = 0 .. E.
@@ -130,14 +141,9 @@ __global__ void __launch_bounds__(256) scan_kernel(const DispatchParams p, const
   int carry = 0;
   for (int start = 0; start < blocks; start += kWarp) {
     const int b = start + lane, count = b < blocks ? row[b] : 0;
-    int upto = count;
-#pragma unroll
-    for (int d = 1; d < kWarp; d *= 2) {
-      const int other = __shfl_up_sync(kAllLanes, upto, d);
-      if (lane >= d) upto += other;
-    }
-    if (b < blocks) row[b] = carry + upto - count;
-    carry += __shfl_sync(kAllLanes, upto, kWarp - 1);
+    const int before = warp_sum_before(count);
+    if (b < blocks) row[b] = carry + before;
+    carry += __shfl_sync(kAllLanes, before + count, kWarp - 1);
   }
   if (lane == 0) p.tokens_per_expert[expert] = carry;
 }
@@ -207,26 +213,24 @@ __device__ K nth_largest(int n, int& want, KeyAt key_at, int* histogram, int* di
   for (int shift = sizeof(K) * 8 - 8; shift >= 0; shift -= 8) {
     for (int i = threadIdx.x; i < 256; i += blockDim.x) histogram[i] = 0;
     __syncthreads();
-    for (int64_t start = 0; start < n; start += blockDim.x) {
-      const int64_t i = start + threadIdx.x;
-      const K key = i < n ? key_at(i) : 0;
-      const int digit = i < n && (key & mask) == prefix ? static_cast<int>(key >> shift & 0xff) : -1;
-      int all_equal;  // most leading digits are the same: one add for the warp
-      const unsigned lanes = __match_all_sync(kAllLanes, digit, &all_equal);
-      if (digit >= 0 && (!all_equal || lane_id() == 0)) atomicAdd(histogram + digit, all_equal ? __popc(lanes) : 1);
+    for (int64_t start = threadIdx.x; start - threadIdx.x < n; start += kRun * blockDim.x) {
+      K key[kRun];
+#pragma unroll
+      for (int r = 0; r < kRun; ++r) key[r] = start + r * blockDim.x < n ? key_at(start + r * blockDim.x) : 0;
+#pragma unroll
+      for (int r = 0; r < kRun; ++r) {
+        const int digit = key[r] != 0 && (key[r] & mask) == prefix ? static_cast<int>(key[r] >> shift & 0xff) : -1;
+        int all_equal;  // most leading digits are the same: one add for the warp
+        const unsigned lanes = __match_all_sync(kAllLanes, digit, &all_equal);
+        if (digit >= 0 && (!all_equal || lane_id() == 0)) atomicAdd(histogram + digit, all_equal ? __popc(lanes) : 1);
+      }
     }
     __syncthreads();
     if (threadIdx.x < kWarp) {  // lane l sums the 8 digits from 255 - 8 l downwards
       int mine[8], sum = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) sum += mine[i] = histogram[255 - 8 * lane_id() - i];
-      int upto = sum;
-#pragma unroll
-      for (int d = 1; d < kWarp; d *= 2) {
-        const int other = __shfl_up_sync(kAllLanes, upto, d);
-        if (lane_id() >= d) upto += other;
-      }
-      int above = upto - sum;
+      int above = warp_sum_before(sum);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         if (above < want && want <= above + mine[i]) {
@@ -263,21 +267,28 @@ __global__ void __launch_bounds__(kSelectThreads) keep_heaviest_kernel(const Dis
   Key<W> threshold = 0;  // below every key: keep all
   if (ties_wanted == 0) threshold = ~Key<W>(0);
   else if (ties_wanted < n) threshold = nth_largest<Key<W>>(n, ties_wanted, key_at, histogram, digit_and_above);
-  int heavier_before = 0, ties_before = 0;  // of this chunk
-  for (int64_t start = 0; start < n; start += kSelectThreads) {
-    const int64_t i = start + threadIdx.x;
-    const Key<W> key = i < n ? key_at(i) : 0;
-    const int heavier = i < n && key > threshold, tie = i < n && key == threshold;
-    const int before = sum_before(heavier << 16 | tie, scratch);  // at most 1024 of each in a chunk
-    const int ties = ties_before + (before & 0xffff);
-    if (i < n) {
-      const bool kept = heavier || (tie && ties < ties_wanted);
-      const int slot = kept ? target + heavier_before + (before >> 16) + min(ties, ties_wanted) : -1;
-      p.token_slot[mine[i]] = slot;
-      if (kept) p.slot_index[slot] = mine[i];
+  int heavier_before = 0, ties_before = 0;  // the chunk
+  for (int64_t start = 0; start < n; start += kRun * kSelectThreads) {
+    const int64_t i = start + threadIdx.x * kRun;  // a thread takes kRun pairs in a row
+    Key<W> key[kRun];
+    int heavier = 0, ties = 0;
+#pragma unroll
+    for (int r = 0; r < kRun; ++r) key[r] = i + r < n ? key_at(i + r) : 0;
+#pragma unroll
+    for (int r = 0; r < kRun; ++r) heavier += i + r < n && key[r] > threshold, ties += i + r < n && key[r] == threshold;
+    int total;  // at most kRun * kSelectThreads of each: 16 bits do
+    const int before = sum_before(heavier << 16 | ties, scratch, &total);
+    int heavier_so_far = heavier_before + (before >> 16), ties_so_far = ties_before + (before & 0xffff);
+#pragma unroll
+    for (int r = 0; r < kRun; ++r) {
+      if (i + r >= n) break;
+      const bool kept = key[r] > threshold || (key[r] == threshold && ties_so_far < ties_wanted);
+      const int slot = kept ? target + heavier_so_far + min(ties_so_far, ties_wanted) : -1;
+      heavier_so_far += key[r] > threshold, ties_so_far += key[r] == threshold;
+      p.token_slot[mine[i + r]] = slot;
+      if (kept) p.slot_index[slot] = mine[i + r];
     }
-    heavier_before += __syncthreads_count(heavier);
-    ties_before += __syncthreads_count(tie);
+    heavier_before += total >> 16, ties_before += total & 0xffff;
   }
 }
 

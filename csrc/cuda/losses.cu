@@ -9,7 +9,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kMaxLossBlocks = 528;
+constexpr int64_t kMaxLossBlocks = 1024;
 constexpr int64_t kPairsPerBlock = 8192;
 
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }

@@ -18,19 +18,29 @@ struct RouteLayout {
   }
 };
 
-// Which groups keep their keys: kept[G] from the ordered keys [E]; groups[G] is scratch.
+// Which groups keep their keys: kept[G] from the ordered keys [E]; groups[G] is scratch. Few groups share out the warp.
 template <typename A>
 __device__ void rank_groups(const RouteParams& p, const Key<A>* keys, Key<A>* groups, bool* kept) {
   const int size = p.experts / p.num_groups;
-  for (int g = lane_id(); g < p.num_groups; g += kWarp) {
+  int share = 1;  // lanes a group
+  while (2 * share * p.num_groups <= kWarp) share *= 2;
+  for (int g0 = 0; g0 < p.num_groups; g0 += kWarp / share) {
+    const int g = g0 + lane_id() / share, part = lane_id() % share;
     Key<A> first = 0, second = 0;
-    for (int i = 0, at = g % size; i < size; ++i, at = at + 1 == size ? 0 : at + 1) {  // rotated: no bank conflicts
-      const Key<A> key = max(keys[g * size + at], ordered_key(-A(INFINITY)));          // a NaN cannot win its group
-      second = key > first ? first : max(second, key);
+    for (int i = part, at = (g * share + part) % size; g < p.num_groups && i < size; i += share) {
+      const Key<A> key = max(keys[g * size + at], ordered_key(-A(INFINITY)));  // a NaN cannot win its group
+      second = max(second, min(first, key));
       first = max(first, key);
+      at += share;  // groups start at different places, for the sake of the banks
+      if (at >= size) at -= size;
+    }
+    for (int d = 1; d < share; d *= 2) {
+      const Key<A> other_first = __shfl_xor_sync(kAllLanes, first, d), other = __shfl_xor_sync(kAllLanes, second, d);
+      second = max(max(second, other), min(first, other_first));
+      first = max(first, other_first);
     }
     const bool both = p.group_rank == GroupRank::top2_sum && size > 1;
-    groups[g] = both ? ordered_key(number_of(first) + number_of(second)) : first;
+    if (part == 0 && g < p.num_groups) groups[g] = both ? ordered_key(number_of(first) + number_of(second)) : first;
   }
   __syncwarp();
   for (int g = lane_id(); g < p.num_groups; g += kWarp) {

@@ -44,9 +44,10 @@ def randn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(*shape, generator=g, device="cuda", dtype=torch.float32).to(dtype)
 
 
-def units(dtype: torch.dtype) -> float:
-    """float64 has no wider truth: sums in another order differ from it by their own rounding."""
-    return 64 if dtype == torch.float64 else 2
+def units(dtype: torch.dtype, terms: int = 1) -> float:
+    """float64 has no wider truth: sums in another order differ by their own rounding. Long sums in order err by more than
+    eager torch's, which are trees."""
+    return 64 if dtype == torch.float64 else max(2, terms / 16)
 
 
 def bits(t: Tensor) -> Tensor:
@@ -174,6 +175,9 @@ def test_route_backward(case, wanted):
         assert got.abs().le(16 * torch.finfo(wide).eps * case["scaling"]).all()
         return
     truth, eager = reference(torch.float64), reference(wide).to(dtype)
+    if dtype == torch.float64:  # softmax's gradient is a small difference: its error is of the gradients' size
+        assert torch.allclose(got, truth, rtol=1e-12, atol=1e-13)
+        return
     tolerance.close(got, truth, eager, factor=tolerance.BACKWARD, units=units(dtype), what="gradient")
 
 
@@ -368,9 +372,9 @@ def test_gather_and_combine(case):
 
     out = ops.combine(rows, weights, *plan)
     assert out.dtype == dtype
-    tolerance.close(out, combined(torch.float64), combined(dtype), units=units(dtype), what="combine")
+    tolerance.close(out, combined(torch.float64), combined(dtype), units=units(dtype, k), what="combine")
     ones = oracle.combine(rows.double(), None, token_slot), oracle.combine(rows, None, token_slot)
-    tolerance.close(ops.gather_backward(rows, token_slot), *ones, units=units(dtype), what="gather_backward")
+    tolerance.close(ops.gather_backward(rows, token_slot), *ones, units=units(dtype, k), what="gather_backward")
 
     grad = laid_out(randn(T, H, seed=4, dtype=dtype), layout)
     grad_rows, grad_weights = ops.combine_backward(grad, rows, weights, *plan, [True, True])

@@ -15,9 +15,14 @@ at::ScalarType logits_type(const Tensor& hidden_states, const Tensor& weight) {
   return wide ? at::kDouble : at::kFloat;
 }
 
+// Results of this many numbers fill every GPU with tiles. cuBLAS may cut the contraction of a smaller product into parts
+// and round their sums to the result's type before it adds them, so that one is asked for in float32.
+constexpr int64_t kManyResults = 1 << 22;
+
 // a @ b with results of `type`: the operands' own, or float32 of two bfloat16 or float16 operands.
 Tensor product(const Tensor& a, const Tensor& b, at::ScalarType type) {
   if (a.numel() == 0 || b.numel() == 0) return at::zeros({a.size(0), b.size(1)}, a.options().dtype(type));
+  if (type == at::kBFloat16 && a.size(0) * b.size(1) < kManyResults) return at::mm(a, b, at::kFloat).to(type);
   return a.scalar_type() == type ? at::mm(a, b) : at::mm(a, b, type);
 }
 
