@@ -1,5 +1,5 @@
-// The grouped GEMM of the Hopper path: one persistent, warp-specialised kernel. One warpgroup fills a ring of
-// shared-memory stages (TMA, or cp.async for gathered rows), two multiply (wgmma) and write results.
+// The grouped GEMM of the Hopper path: one persistent, warp-specialised kernel around a ring of shared-memory stages.
+// One warp loads by TMA; two gather rows by cp.async, and one publishes them; two warpgroups multiply (wgmma) and write.
 //   cooperative: both multiply one tile, 64 of its rows each;  ping-pong: each has its own tile, and one's epilogue
 //   runs under the other's main loop.
 #pragma once
@@ -18,7 +18,8 @@ __host__ __device__ constexpr bool is_mn_major(Load load) { return load == Load:
 
 inline constexpr int kBlockK = 64;         // elements of the contraction a stage: one 128-byte swizzled row
 inline constexpr int kBoxBytes = 8192;     // 64 x 64 elements
-inline constexpr int kThreads = 384;       // two consumer warpgroups, one producer
+// Two consumer warpgroups, then the producers' one: its warps 0 and 1 gather, 2 loads by TMA, 3 publishes.
+inline constexpr int kThreads = 384, kGatherThreads = 64, kRowsACopy = kGatherThreads / 8;
 inline constexpr int kOrderBarrier = 1;    // named barriers 1 and 2: whose main loop is next
 inline constexpr int kTransformBarrier = 3;
 
@@ -37,11 +38,11 @@ struct Gemm {
   static constexpr int kABytes = kM * 128, kBBytes = kN * 128, kStageBytes = kABytes + kBBytes;
   static constexpr int kStages = 204800 / kStageBytes > 12 ? 12 : 204800 / kStageBytes;
   static constexpr bool kGathers = is_gathered(kA) || is_gathered(kB);
-  // 504 in all for the three warpgroups.
-  static constexpr int kProducerRegisters = !kGathers ? 40 : kN * kBlocksM > 256 ? 56 : 88;
+  // 504 for a thread of each warpgroup.
+  static constexpr int kProducerRegisters = !kGathers ? 40 : Epilogue::kInputHalves > 0 ? 104 : 88;
   static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
   static constexpr int shared_bytes(int experts) {
-    return 1024 + kStages * kStageBytes + 2 * kStages * 8 + Schedule::shared_bytes(experts);
+    return 1024 + kStages * kStageBytes + 3 * kStages * 8 + Schedule::shared_bytes(experts);
   }
 };
 
@@ -66,8 +67,10 @@ struct Arguments {
   }
 };
 
+// Shared-memory addresses: the stages, and a barrier of each kind for every stage. `landed` counts gathering threads whose
+// copies have been written.
 struct Ring {
-  uint32_t stages, full, empty;  // shared-memory addresses
+  uint32_t stages, full, empty, landed;
 };
 
 template <int kStages>
@@ -88,6 +91,11 @@ template <class G>
 __device__ __forceinline__ int k_blocks_of(const Arguments<G>& args, const Tile& tile) {
   if constexpr (G::kWeightGrad) return (tile.rows + kBlockK - 1) / kBlockK;
   return args.k_halves * ((args.k_size + kBlockK - 1) / kBlockK);
+}
+
+template <class G>
+__device__ __forceinline__ Tile find_tile(const Arguments<G>& args, const Schedule& schedule, int index) {
+  return schedule.find<G::kRowTile>(index, args.experts, args.m_tiles, args.n_tiles);
 }
 
 // Stages of 64 columns that follow the tile's own with the epilogue's input.
@@ -156,53 +164,52 @@ __device__ __forceinline__ void load_input(const Arguments<G>& args, const Tile&
   }
 }
 
-// In both gathers, thread -> one 16-byte chunk (thread % 8) of a 128-byte segment of rows thread / 8 + 16 i. Producers are
+// In both gathers, thread -> one 16-byte chunk (thread % 8) of a 128-byte segment of rows thread / 8 + 8 i. Producers are
 // bound by their own instructions: pointers are kept across stages, and full tiles take a path without predicates.
 
 // Gathers rows of A. Rows past the tile reach only output rows that nobody stores; the contraction's tail is zeros.
 template <class G>
 struct RowGather {
   using T = typename G::T;
-  static constexpr int kRows = G::kM / 16;
-  int pairs[kRows];  // of the tile to come, fetched while the present one runs
-  const T* sources[kRows];
+  static constexpr int kRows = G::kM / kRowsACopy;
+  int pairs[kRows];         // of the tile to come, fetched while the present one runs
+  uint32_t offsets[kRows];  // in units of 8 elements
   uint32_t rows_inside;
+  const uint4* base;        // moves along the contraction
 
   __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) {
-    const int row = (threadIdx.x & 127) >> 3;
+    const int row = (threadIdx.x & (kGatherThreads - 1)) >> 3;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      pairs[i] = row + 16 * i < tile.rows ? args.slot_index[tile.first + row + 16 * i] : -1;
+      pairs[i] = row + kRowsACopy * i < tile.rows ? args.slot_index[tile.first + row + kRowsACopy * i] : -1;
     }
   }
   __device__ __forceinline__ void begin(const Arguments<G>& args) {
-    const T* const base = static_cast<const T*>(args.gathered) + (threadIdx.x & 7) * 8;
+    base = static_cast<const uint4*>(args.gathered) + (threadIdx.x & 7);
     rows_inside = 0;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      sources[i] = base + static_cast<int64_t>(args.token_of(max(pairs[i], 0))) * args.gathered_columns;
+      offsets[i] = static_cast<uint32_t>(args.token_of(max(pairs[i], 0))) * static_cast<uint32_t>(args.gathered_columns >> 3);
       rows_inside |= static_cast<uint32_t>(pairs[i] >= 0) << i;
     }
   }
   __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t) {
-    const int row = (threadIdx.x & 127) >> 3, chunk = threadIdx.x & 7;
+    const int row = (threadIdx.x & (kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
     const uint32_t destination = a + row * 128 + ((chunk ^ (row & 7)) << 4);
     if (tile.rows == G::kM && (k_block + 1) * kBlockK <= args.k_size) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) {
-        ptx::copy_async_16(destination + i * 2048, sources[i]);
-        sources[i] += kBlockK;
-      }
+      for (int i = 0; i < kRows; ++i) ptx::copy_async_16(destination + i * kRowsACopy * 128, base + offsets[i]);
     } else {
       const bool inside = k_block * kBlockK + chunk * 8 < args.k_size;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if (rows_inside >> i & 1) {
-          ptx::copy_async_16(destination + i * 2048, inside ? sources[i] : static_cast<const T*>(args.gathered), inside);
+          ptx::copy_async_16(destination + i * kRowsACopy * 128,
+                             inside ? base + offsets[i] : static_cast<const uint4*>(args.gathered), inside);
         }
-        sources[i] += kBlockK;
       }
     }
+    base += kBlockK / 8;
   }
 };
 
@@ -212,23 +219,24 @@ template <class G>
 struct ColumnGather {
   using T = typename G::T;
   static constexpr int kColumns = G::kA == Load::gathered_columns ? G::kM : G::kN;
-  int pairs[4];  // of the k block to come
+  static constexpr int kRows = kBlockK / kRowsACopy;
+  int pairs[kRows];  // of the k block to come
 
   __device__ __forceinline__ void fetch_block(const Arguments<G>& args, const Tile& tile, int k_block) {
-    const int slot = k_block * kBlockK + ((threadIdx.x & 127) >> 3);
+    const int slot = k_block * kBlockK + ((threadIdx.x & (kGatherThreads - 1)) >> 3);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) pairs[i] = slot + 16 * i < tile.rows ? args.slot_index[tile.first + slot + 16 * i] : -1;
+    for (int i = 0; i < kRows; ++i) pairs[i] = slot + kRowsACopy * i < tile.rows ? args.slot_index[tile.first + slot + kRowsACopy * i] : -1;
   }
   __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) { fetch_block(args, tile, 0); }
   __device__ __forceinline__ void begin(const Arguments<G>&) {}
   __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t b) {
-    const int row = (threadIdx.x & 127) >> 3, chunk = threadIdx.x & 7;
+    const int row = (threadIdx.x & (kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
     const int first_column = (G::kA == Load::gathered_columns ? tile.m : tile.n) * kColumns, column = first_column + chunk * 8;
     const uint32_t destination = (G::kA == Load::gathered_columns ? a : b) + row * 128 + ((chunk ^ (row & 7)) << 4);
-    const T* sources[4];
-    bool valid[4];
+    const T* sources[kRows];
+    bool valid[kRows];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kRows; ++i) {
       sources[i] = static_cast<const T*>(args.gathered) + column +
                    static_cast<int64_t>(args.token_of(max(pairs[i], 0))) * args.gathered_columns;
       valid[i] = pairs[i] >= 0;
@@ -236,19 +244,19 @@ struct ColumnGather {
     fetch_block(args, tile, k_block + 1);
     if ((k_block + 1) * kBlockK <= tile.rows && first_column + kColumns <= args.gathered_columns) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int box = 0; box < kColumns / 64; ++box) {
-          ptx::copy_async_16(destination + i * 2048 + box * kBoxBytes, sources[i] + box * 64);
+          ptx::copy_async_16(destination + i * kRowsACopy * 128 + box * kBoxBytes, sources[i] + box * 64);
         }
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
+      for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int box = 0; box < kColumns / 64; ++box) {
           const bool inside = valid[i] && column + box * 64 < args.gathered_columns;
-          ptx::copy_async_16(destination + i * 2048 + box * kBoxBytes,
+          ptx::copy_async_16(destination + i * kRowsACopy * 128 + box * kBoxBytes,
                              inside ? sources[i] + box * 64 : static_cast<const T*>(args.gathered), inside);
         }
       }
@@ -256,54 +264,82 @@ struct ColumnGather {
   }
 };
 
+// One warp: everything that comes by TMA.
 template <class G>
-__device__ __forceinline__ void produce(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
-  const int thread = threadIdx.x & 127;
-  if (!G::kGathers && thread >= 32) return;
-  using Gather = std::conditional_t<is_mn_major(G::kA), ColumnGather<G>, RowGather<G>>;
-  Gather gather;
+__device__ __forceinline__ void load_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   Position<G::kStages> position;
-  int index = blockIdx.x;
-  if (index >= schedule.total) return;
-  Tile tile = schedule.find<G::kRowTile>(index);
-  if constexpr (G::kGathers) gather.fetch(args, tile);
-
-  while (true) {
-    const int k_blocks = k_blocks_of(args, tile);
-    const int next_index = index + gridDim.x;
-    const bool more = next_index < schedule.total;
-    if constexpr (G::kGathers) gather.begin(args);
-    Tile next = tile;
-    if (more) next = schedule.find<G::kRowTile>(next_index);
-    if constexpr (G::kA == Load::gathered_rows) {
-      if (more) gather.fetch(args, next);
-    }
-    for (int k_block = 0; k_block < k_blocks; ++k_block) {
-      const uint32_t a = ring.stages + position.stage * G::kStageBytes, b = a + G::kABytes;
-      ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
-      if (thread == 0) load_by_tma<G>(args, tile, k_block, a, b, ring.full + position.stage * 8);
-      __syncwarp();
-      if constexpr (G::kGathers) {
-        gather.issue(args, tile, k_block, a, b);
-        ptx::copy_async_arrive(ring.full + position.stage * 8);
-      }
-      position.advance();
-    }
-    if constexpr (G::Epilogue::kInputHalves > 0) {
-      const int input_blocks = input_blocks_of(args, tile);
-      for (int block = 0; block < input_blocks; ++block) {
-        const uint32_t full = ring.full + position.stage * 8;
+  for (int index = blockIdx.x; index < schedule.total(args.experts); index += gridDim.x) {
+    const Tile tile = find_tile(args, schedule, index);
+    const int k_blocks = k_blocks_of(args, tile), blocks = k_blocks + input_blocks_of(args, tile);
+    if ((threadIdx.x & 31) == 0) {
+      for (int block = 0; block < blocks; ++block) {
+        const uint32_t stage = ring.stages + position.stage * G::kStageBytes, full = ring.full + position.stage * 8;
         ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
-        if (thread == 0) load_input<G>(args, tile, block, ring.stages + position.stage * G::kStageBytes, full);
-        __syncwarp();
-        if constexpr (G::kGathers) ptx::barrier_arrive(full);
+        if (G::Epilogue::kInputHalves == 0 || block < k_blocks) {
+          load_by_tma<G>(args, tile, block, stage, stage + G::kABytes, full);
+        } else {
+          if constexpr (G::Epilogue::kInputHalves > 0) load_input<G>(args, tile, block - k_blocks, stage, full);
+        }
         position.advance();
       }
     }
-    if (!more) break;
+    __syncwarp();
+  }
+}
+
+// Two warps: gathered rows.
+template <class G>
+__device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
+  std::conditional_t<is_mn_major(G::kA), ColumnGather<G>, RowGather<G>> gather;
+  Position<G::kStages> position;
+  int index = blockIdx.x;
+  if (index >= schedule.total(args.experts)) return;
+  Tile tile = find_tile(args, schedule, index);
+  gather.fetch(args, tile);
+  while (true) {
+    const int k_blocks = k_blocks_of(args, tile), next_index = index + gridDim.x;
+    const bool more = next_index < schedule.total(args.experts);
+    gather.begin(args);
+    const Tile next = more ? find_tile(args, schedule, next_index) : tile;
+    if (G::kA == Load::gathered_rows && more) gather.fetch(args, next);
+    for (int k_block = 0; k_block < k_blocks; ++k_block) {
+      const uint32_t a = ring.stages + position.stage * G::kStageBytes;
+      ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
+      gather.issue(args, tile, k_block, a, a + G::kABytes);
+      ptx::copy_async_arrive(ring.landed + position.stage * 8);
+      position.advance();
+    }
+    const int input_blocks = input_blocks_of(args, tile);
+    for (int block = 0; block < input_blocks; ++block) {
+      ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
+      ptx::barrier_arrive(ring.landed + position.stage * 8);
+      position.advance();
+    }
+    if (!more) return;
     tile = next;
     index = next_index;
-    if constexpr (G::kGathers && G::kA != Load::gathered_rows) gather.fetch(args, tile);
+    if (G::kA != Load::gathered_rows) gather.fetch(args, tile);
+  }
+}
+
+// One warp: hands gathered stages to the consumers. Gathered rows were written through the generic proxy and wgmma reads
+// through the async proxy, so a proxy fence must stand between. It also waits for whatever its thread has in flight: on the
+// gathering threads it would wait for later copies, on the consumers for wgmmas. This warp has nothing in flight.
+template <class G>
+__device__ __forceinline__ void publish_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
+  Position<G::kStages> position;
+  for (int index = blockIdx.x; index < schedule.total(args.experts); index += gridDim.x) {
+    const Tile tile = find_tile(args, schedule, index);
+    const int blocks = k_blocks_of(args, tile) + input_blocks_of(args, tile);
+    if ((threadIdx.x & 31) == 0) {
+      for (int block = 0; block < blocks; ++block) {
+        ptx::barrier_wait(ring.landed + position.stage * 8, position.phase);
+        ptx::proxy_fence();
+        ptx::barrier_arrive(ring.full + position.stage * 8);
+        position.advance();
+      }
+    }
+    __syncwarp();
   }
 }
 
@@ -356,9 +392,6 @@ __device__ __forceinline__ void multiply(float (&accumulators)[G::kBlocksM][G::k
   for (int k_block = 0; k_block < k_blocks; ++k_block) {
     const int stage = position.stage;
     ptx::barrier_wait(ring.full + stage * 8, position.phase);
-    // Gathered rows were written through the generic proxy, wgmma reads through the async proxy. The fence stands on this
-    // side: the producer would have to wait for its copies before it.
-    if constexpr (G::kGathers) ptx::proxy_fence();
     if constexpr (G::kWeightGrad) {
       const uint32_t a = ring.stages + stage * G::kStageBytes;
       fix_slots<G>(args, tile, k_block, a, a + G::kABytes, group);
@@ -392,16 +425,16 @@ __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule
   float accumulators[G::kBlocksM][G::kN / 2];
   const bool signals = (threadIdx.x & 31) == 0;
   int turn = 0;
-  for (int index = blockIdx.x; index < schedule.total; index += gridDim.x, ++turn) {
+  for (int index = blockIdx.x; index < schedule.total(args.experts); index += gridDim.x, ++turn) {
     if (!G::kCooperative && (turn & 1) != group) {
       if constexpr (!G::kWeightGrad) {
         position.skip(k_blocks_of(args, Tile{}));
       } else {
-        position.skip(k_blocks_of(args, schedule.find<G::kRowTile>(index)));
+        position.skip(k_blocks_of(args, find_tile(args, schedule, index)));
       }
       continue;
     }
-    const Tile tile = schedule.find<G::kRowTile>(index);
+    const Tile tile = find_tile(args, schedule, index);
     const int k_blocks = k_blocks_of(args, tile);
     const int first_row = G::kCooperative ? group * 64 * G::kBlocksM : 0;  // of this warpgroup in the tile
     // A warpgroup may wait for a stage only when every earlier phase of it has passed: parity tells just two apart.
@@ -423,7 +456,7 @@ __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule
       }
       continue;
     }
-    const bool hands_over = !G::kCooperative && index + gridDim.x < schedule.total;
+    const bool hands_over = !G::kCooperative && index + gridDim.x < schedule.total(args.experts);
     if (G::kBlocksM == 2 && rows_here <= 64) {
       multiply<G, 1>(accumulators, args, tile, k_blocks, ring, position, group, hands_over);
     } else {
@@ -449,9 +482,11 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
   ring.stages = ptx::shared_address(stages);
   ring.full = ptx::shared_address(barriers);
   ring.empty = ring.full + G::kStages * 8;
+  ring.landed = ring.empty + G::kStages * 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < G::kStages; ++i) {
-      ptx::barrier_init(ring.full + i * 8, 1 + (G::kGathers ? 128 : 0));
+      ptx::barrier_init(ring.full + i * 8, G::kGathers ? 2 : 1);
+      ptx::barrier_init(ring.landed + i * 8, kGatherThreads);
       ptx::barrier_init(ring.empty + i * 8, G::kCooperative ? 8 : 4);
     }
     ptx::barrier_init_fence();
@@ -459,16 +494,21 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
     if (!is_gathered(G::kB)) ptx::tma_prefetch_descriptor(&args.b_map);
   }
   ptx::wait_for_previous_kernel();
-  const Schedule schedule = Schedule::build<G::kRowTile, kThreads>(reinterpret_cast<int*>(barriers + 2 * G::kStages),
+  const Schedule schedule = Schedule::build<G::kRowTile, kThreads>(reinterpret_cast<int*>(barriers + 3 * G::kStages),
                                                                    args.expert_offsets, args.experts, args.m_tiles, args.n_tiles);
   ptx::launch_next_kernel();
   const int group = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x >> 7), 0);
-  if (group == 2) {
-    ptx::decrease_registers<G::kProducerRegisters>();
-    produce<G>(args, schedule, ring);
-  } else {
+  if (group < 2) {
     ptx::increase_registers<G::kConsumerRegisters>();
     consume<G>(args, schedule, ring, group);
+  } else {
+    ptx::decrease_registers<G::kProducerRegisters>();
+    const int warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x >> 5), 0) & 3;
+    if (warp == 2) load_tiles<G>(args, schedule, ring);
+    if constexpr (G::kGathers) {
+      if (warp < 2) gather_tiles<G>(args, schedule, ring);
+      if (warp == 3) publish_tiles<G>(args, schedule, ring);
+    }
   }
 #endif
 }

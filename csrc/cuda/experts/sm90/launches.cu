@@ -36,7 +36,8 @@ cudaError_t encode(CUtensorMap* map, const MatrixView& view, int box_rows) {
 bool supports(const ExpertShape& shape) {
   return (shape.dtype == DType::bf16 || shape.dtype == DType::f16) && shape.hidden > 0 && shape.intermediate > 0 &&
          shape.hidden % 8 == 0 && shape.intermediate % 8 == 0 && shape.experts <= 1024 &&
-         shape.hidden < (1 << 30) && shape.intermediate < (1 << 29);
+         shape.hidden < (1 << 30) && shape.intermediate < (1 << 29) &&
+         shape.tokens * (shape.hidden / 8) < int64_t{1} << 32;
 }
 
 namespace {

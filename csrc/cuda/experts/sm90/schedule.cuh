@@ -17,9 +17,9 @@ struct Tile {
 inline constexpr int kGroupRows = 2048;
 
 struct Schedule {
-  const int* offsets;       // [E + 1], shared memory
-  const int* tiles_before;  // [E + 1], shared memory
-  int experts, m_tiles, n_tiles, total;
+  const int* offsets;  // [E + 1] in shared memory, and behind it the number of tiles before each expert, [E + 1]
+
+  __device__ int total(int experts) const { return offsets[2 * experts + 1]; }
 
   static __host__ __device__ constexpr int shared_bytes(int experts) { return (2 * (experts + 1) + 16) * 4; }
 
@@ -61,12 +61,13 @@ struct Schedule {
       if (expert == experts - 1) before[experts] = running;
     }
     __syncthreads();
-    return {offsets, before, experts, m_tiles, n_tiles, before[experts]};
+    return {offsets};
   }
 
-  // Called by whole warps; 0 <= index < total.
+  // Called by whole warps; 0 <= index < total().
   template <int kRowTile>
-  __device__ Tile find(int index) const {
+  __device__ Tile find(int index, int experts, int m_tiles, int n_tiles) const {
+    const int* const tiles_before = offsets + experts + 1;
     const int lane = threadIdx.x & 31;
     Tile tile;
     int m_tiles_here = m_tiles, local;

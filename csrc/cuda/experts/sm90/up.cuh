@@ -26,14 +26,6 @@ cudaError_t tile_up(const UpParams& p, cudaStream_t stream) {
   switch (configure(Product::up, p.shape).tiling) {
     case Tiling::narrow:
       return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 1, 64, kHalves, false, Epilogue>>(p, stream);
-#ifdef FASTMOE_SM90_TUNE
-    case Tiling::square:
-      return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 2, 128, kHalves, false, Epilogue>>(p, stream);
-    case Tiling::wide:
-      if constexpr (kSwiGLU) {
-        return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 2, 192, kHalves, false, Epilogue>>(p, stream);
-      }
-#endif
     default:
       return run_up<Gemm<T, Load::gathered_rows, Load::rows, true, 1, 256, kHalves, false, Epilogue>>(p, stream);
   }
