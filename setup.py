@@ -7,7 +7,6 @@ Objects stay in build/<torch and Python version>, so that every way of building 
 """
 
 import fcntl
-import fcntl
 import os
 import platform
 import re
@@ -135,8 +134,9 @@ class Build(cpp_extension.BuildExtension):
         super().finalize_options()
         if self.editable_mode:
             # setuptools gives an editable install temporary folders, which would compile everything every time
-            base = Path(self.get_finalized_command("build").build_base)
-            self.build_lib, self.build_temp = str(base / "lib"), str(base / "temp")
+            build = self.get_finalized_command("build")
+            kind = f"{build.plat_name}-{sys.implementation.cache_tag}"
+            self.build_lib, self.build_temp = f"{build.build_base}/lib.{kind}", f"{build.build_base}/temp.{kind}"
 
     def get_ext_filename(self, fullname):
         if fullname.split(".")[-1] == LIBRARY.split(".")[-1]:

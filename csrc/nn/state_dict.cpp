@@ -1,6 +1,8 @@
 #include "state_dict.h"
 
+#include <caffe2/serialize/inline_container.h>
 #include <torch/csrc/jit/serialization/pickle.h>
+#include <torch/csrc/jit/serialization/pickler.h>
 
 #include <fstream>
 #include <iterator>
@@ -20,10 +22,26 @@ torch::OrderedDict<std::string, at::Tensor> tensors_of(const torch::nn::Module& 
 
 void save_state_dict(const torch::nn::Module& module, const std::string& path) {
   c10::Dict<std::string, at::Tensor> state;
-  for (const auto& item : tensors_of(module)) state.insert(item.key(), item.value().detach().cpu().contiguous());
-  const auto bytes = torch::jit::pickle_save(state);
+  for (const auto& item : tensors_of(module)) state.insert(item.key(), item.value().detach().cpu().contiguous().clone());
+  // torch::pickle_save tags a dictionary with its TorchScript type, which torch.load(weights_only=True) refuses.
+  std::vector<char> pickled;
+  torch::jit::Pickler pickler(
+      [&](const char* bytes, size_t size) { pickled.insert(pickled.end(), bytes, bytes + size); }, nullptr, nullptr,
+      nullptr, nullptr, /*tag_aggregates=*/false);
+  pickler.protocol();
+  pickler.pushIValue(state);
+  pickler.stop();
   std::ofstream file(path, std::ios::binary);
-  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+  TORCH_CHECK_VALUE(file.good(), "path must name a file that can be written, got ", path);
+  caffe2::serialize::PyTorchStreamWriter archive([&](const void* bytes, size_t size) {
+    file.write(static_cast<const char*>(bytes), static_cast<std::streamsize>(size));
+    return file.good() ? size : 0;
+  });
+  archive.writeRecord("data.pkl", pickled.data(), pickled.size());
+  size_t i = 0;
+  for (const auto& tensor : pickler.tensorData())
+    archive.writeRecord("data/" + std::to_string(i++), tensor.storage().data(), tensor.storage().nbytes());
+  archive.writeEndOfFile();
   file.close();
   TORCH_CHECK(file.good(), "the state dict could not be written to ", path);
 }

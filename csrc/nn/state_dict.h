@@ -9,7 +9,8 @@
 
 namespace fastmoe_cpp {
 
-// Parameters and buffers of a module, on the CPU. Throws c10::Error where the file cannot be written.
+// Parameters and buffers of a module, on the CPU. Throws c10::ValueError where the path cannot be
+// opened for writing, and c10::Error where writing fails.
 void save_state_dict(const torch::nn::Module& module, const std::string& path);
 
 // Copies a saved state dict into a module, whatever devices and dtypes the module's tensors have. Throws c10::ValueError,

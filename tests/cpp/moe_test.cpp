@@ -89,7 +89,7 @@ TEST(any_leading_shape_and_no_token_at_all) {
   const auto y = layer(x);
   CHECK_EQUAL(y.sizes(), x.sizes());
   CHECK(torch::equal(y.reshape({30, 8}), layer(x.reshape({30, 8}))));
-  CHECK(torch::equal(y[1][2][4], layer(x[1][2][4])));
+  close(layer(x[1][2][4]), y[1][2][4]);
   const auto none = layer(torch::empty({0, 8}, torch::kDouble));
   CHECK_EQUAL(none.numel(), 0);
   none.sum().backward();
@@ -219,7 +219,7 @@ TEST(bad_inputs_are_one_sentence) {
   auto layer = layer_of(MoEOptions(8, 8, 4));
   const auto x = torch::randn({3, 8}, torch::kDouble);
   CHECK_THROWS(c10::ValueError, layer(torch::randn({3, 7}, torch::kDouble)), "hidden_states", "[..., 8]", "[3, 7]");
-  CHECK_THROWS(c10::TypeError, layer(x.to(torch::kFloat)), "must be", "got");
+  CHECK_THROWS(c10::TypeError, layer(x.to(torch::kFloat)), "must have the dtype of hidden_states", "got");
   CHECK_THROWS(c10::ValueError, layer(x, torch::zeros({4}, torch::kBool)), "padding_mask", "[3]", "[4]");
   CHECK_THROWS(c10::TypeError, layer(x, torch::zeros({3})), "padding_mask must be bool");
   CHECK_THROWS(c10::ValueError, layer->forward_with_routing(x, std::nullopt, torch::zeros({3, 3}, torch::kLong)),

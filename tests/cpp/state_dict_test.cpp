@@ -81,6 +81,7 @@ TEST(state_dicts_that_do_not_fit_leave_the_module_unchanged) {
   CHECK_THROWS(c10::ValueError, load(MoEOptions(8, 7, 4)), "experts.", "must have shape", "[4, 14, 8]");
   CHECK_THROWS(c10::ValueError, load(MoEOptions(8, 6, 4).bias(true)), "has 'experts.");
   CHECK_THROWS(c10::ValueError, fastmoe_cpp::load_state_dict(*layer, file.path + ".none"), "cannot be read");
+  CHECK_THROWS(c10::ValueError, fastmoe_cpp::save_state_dict(*layer, file.path + "/none"), "can be written");
   std::ofstream(file.path) << "not a state dict";
   CHECK_THROWS(c10::ValueError, fastmoe_cpp::load_state_dict(*layer, file.path), "must hold");
   MoE with_bias(MoEOptions(8, 6, 4).bias(true));

@@ -1,7 +1,7 @@
 """Builds the C++ tests and the C++ example with CMake on the LibTorch inside the installed torch, and runs them.
 
-Every TEST of tests/cpp/*_test.cpp is a test here. No CUDA toolkit is needed, and none is found: CUDA_HOME and the PATH's
-nvcc are hidden from CMake, because a CPU-only machine must be able to build against a CUDA build of torch.
+Every TEST of tests/cpp/*_test.cpp is a test here. No CUDA toolkit is needed, and none is found: CUDA_HOME and the nvcc
+on PATH are hidden from CMake, because a CPU-only machine must be able to build against a CUDA build of torch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,79 @@
+"""What is written in two places says the same in both, and what the documents tell people to type exists."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import subprocess
+import sys
+
+from packaging_support import ROOT
+
+import fastmoe_cpp
+from fastmoe_cpp import __main__ as commands
+
+README = (ROOT / "README.md").read_text()
+
+
+def pins(name: str) -> dict[str, set[str]]:
+    lines = (ROOT / "requirements" / f"{name}.txt").read_text().splitlines()
+    found: dict[str, set[str]] = {}
+    for line in lines:
+        match = re.match(r"([\w.-]+)==([\w.]+)", line)
+        assert match or not line or line.startswith(("#", "-r")), f"not pinned: {line}"
+        if match:
+            found.setdefault(match[1], set()).add(match[2])
+    return found
+
+
+def test_one_version() -> None:
+    project = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    cmake = (ROOT / "cmake" / "fastmoe_cppConfigVersion.cmake").read_text()
+    assert fastmoe_cpp.__version__ == project
+    assert re.search(r'PACKAGE_VERSION "(.+)"', cmake)[1] == project
+    major, minor, _ = project.split(".")
+    assert f'MAJOR STREQUAL "{major}"' in cmake and f'MINOR STREQUAL "{minor}"' in cmake
+    try:
+        assert importlib.metadata.version("fastmoe_cpp") == project
+    except importlib.metadata.PackageNotFoundError:
+        pass  # run from a tree that was built in place and not installed
+
+
+def test_every_requirement_is_pinned_and_hooks_use_the_same() -> None:
+    for name in ("torch", "build", "demo", "test", "lint", "tidy"):
+        assert pins(name)
+    hooks = dict(re.findall(r"\[(\w[\w-]*)==([\w.]+)\]", (ROOT / ".pre-commit-config.yaml").read_text()))
+    assert {name: {version} for name, version in hooks.items()} == pins("lint")
+
+
+def test_make_targets_that_documents_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z-]+)", README + (ROOT / ".ci" / "run").read_text()))
+    assert {"demo", "test", "lint", "format", "tidy", "bench", "bench-gpu", "cuda", "clean"} <= targets
+    assert {"demo", "test"} <= named <= targets
+
+
+def test_commands_that_documents_name_exist() -> None:
+    named = set(re.findall(r"python -m fastmoe_cpp (\w+)", README))
+    help_text = subprocess.run(
+        [sys.executable, "-m", "fastmoe_cpp", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    offered = set(re.findall(r"^    (\w+) ", help_text, re.MULTILINE))
+    assert "doctor" in named and named <= offered == {"doctor", "bench"}
+    assert commands.__doc__ is not None and offered == set(re.findall(r"python -m fastmoe_cpp (\w+)", commands.__doc__))
+
+
+def test_paths_that_documents_name_exist() -> None:
+    paths = re.findall(
+        r"`((?:csrc|fastmoe_cpp|examples|tests|benchmarks|cmake|requirements|megatron_adapters)/[\w./-]*)`", README
+    )
+    assert len(paths) > 5
+    assert [p for p in paths if not (ROOT / p).exists()] == []
+
+
+def test_ci_runs_everything() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"]).returncode == 0
+    for target in ("make lint", "make test", "make cuda"):
+        assert target in script
