@@ -200,6 +200,10 @@ class MoEConfig:
             )
         self._check_groups(name)
         self._warn_of_constant_weights()
+        ratios = [
+            capacity_ratio(self.num_experts, self.top_k, f) for f in (self.eval_capacity_factor, self.capacity_factor)
+        ]
+        object.__setattr__(self, "_capacity_ratios", tuple(ratios))  # by whether the layer is training
 
     def _check_groups(self, name: str) -> None:
         groups = self.router.num_groups
@@ -238,8 +242,8 @@ class MoEConfig:
 
     def capacity(self, tokens: int, training: bool) -> int | None:
         """The most tokens one expert takes of a batch of that many (padding included), or None where unlimited."""
-        factor = self.capacity_factor if training else self.eval_capacity_factor
-        return expert_capacity(tokens, self.num_experts, self.top_k, factor)
+        ratio = self._capacity_ratios[1 if training else 0]
+        return None if ratio is None else -(-tokens * ratio[0] // ratio[1])
 
     @classmethod
     def from_hf(cls, config: Any, **changes: Any) -> MoEConfig:
@@ -260,10 +264,13 @@ class MoEConfig:
         return hosts.preset(name, **changes)
 
 
-def expert_capacity(tokens: int, num_experts: int, top_k: int, factor: float | None) -> int | None:
-    """ceil(factor * tokens * top_k / num_experts), exact for the decimal the factor was written as; None for None."""
+def capacity_ratio(num_experts: int, top_k: int, factor: float | None) -> tuple[int, int] | None:
+    """factor * top_k / num_experts as numerator and denominator; None for None.
+
+    Exact for the decimal the factor was written as, so that 1.1 means eleven tenths, and in integers, so that a
+    symbolic number of tokens stays symbolic.
+    """
     if factor is None:
         return None
-    # Integers alone, so that a symbolic number of tokens stays symbolic and 1.1 means eleven tenths.
-    exact = Fraction(repr(float(factor))).limit_denominator(10**6)
-    return -(-tokens * top_k * exact.numerator // (num_experts * exact.denominator))
+    exact = Fraction(repr(float(factor))).limit_denominator(10**6) * top_k / num_experts
+    return exact.numerator, exact.denominator

@@ -76,7 +76,8 @@ def balance_loss(
     else:
         counts = global_counts.to(probs.dtype)[None]
         share = counts / counts.sum().clamp(min=1)
-    return ops.balance_loss(probs, share / tokens, num_experts / max(sequences, 1), padding_mask)
+    # Sizes divide the tensor: as the operator's scale a symbolic size would fix the graph to one number of sequences.
+    return ops.balance_loss(probs, share / tokens / max(sequences, 1), float(num_experts), padding_mask)
 
 
 def z_loss(logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:

@@ -172,18 +172,20 @@ def accumulate_load(load: Tensor, tokens_per_expert: Tensor) -> None:
     """load [E] += tokens_per_expert [E], in place, but not while a backward pass runs.
 
     A forward pass inside a backward pass is activation checkpointing computing a layer again: its tokens were counted.
-    An operator rather than an if, so that a compiled layer decides it when it runs and not when it is traced.
     """
-    _ops.accumulate_load(load, tokens_per_expert)
+    if torch.compiler.is_compiling():
+        load.add_(_ops.outside_backward(tokens_per_expert))
+    elif torch._C._current_graph_task_id() == -1:
+        load.add_(tokens_per_expert)
 
 
-def _accumulate_load(load: Tensor, tokens_per_expert: Tensor) -> None:
-    if torch._C._current_graph_task_id() == -1:
-        load += tokens_per_expert
+def _outside_backward(counts: Tensor) -> Tensor:
+    return counts.clone() if torch._C._current_graph_task_id() == -1 else torch.zeros_like(counts)
 
 
+# An operator, so that compiled code asks when it runs and not when it is traced; without in-place arguments, which
+# selective checkpointing of compiled code can't pass on.
 _library = torch.library.Library("fastmoe_cpp", "FRAGMENT")
-if not hasattr(_ops, "accumulate_load"):
-    _library.define("accumulate_load(Tensor(a!) load, Tensor tokens_per_expert) -> ()")
-    _library.impl("accumulate_load", _accumulate_load, "CompositeExplicitAutograd")
-    _library.impl("accumulate_load", lambda load, tokens_per_expert: None, "Meta")
+_library.define("outside_backward(Tensor counts) -> Tensor")
+_library.impl("outside_backward", _outside_backward, "CompositeExplicitAutograd")
+_library.impl("outside_backward", torch.empty_like, "Meta")

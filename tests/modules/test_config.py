@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fastmoe_cpp.config import MoEConfig, RouterConfig, expert_capacity
+from fastmoe_cpp.config import MoEConfig, RouterConfig
 
 SIZES = {"hidden_size": 8, "intermediate_size": 4, "num_experts": 6, "top_k": 2}
 
@@ -166,7 +166,9 @@ def test_capacity_tells_none_from_zero():
 @pytest.mark.parametrize("tokens", [0, 1, 7, 100, 2**28])
 def test_capacity_is_the_exact_ceiling(factor, tokens):
     exact = Fraction(str(factor)).limit_denominator(10**6) * tokens * 2 / 6
-    assert expert_capacity(tokens, 6, 2, factor) == -(-exact.numerator // exact.denominator)
+    c = MoEConfig(**SIZES, capacity_factor=factor, eval_capacity_factor=2 * factor)
+    assert c.capacity(tokens, training=True) == -(-exact.numerator // exact.denominator)
+    assert pickle.loads(pickle.dumps(c)).capacity(tokens, training=False) >= c.capacity(tokens, training=True)
 
 
 def test_unknown_hosts_and_presets_are_refused():
