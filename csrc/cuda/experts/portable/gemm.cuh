@@ -74,11 +74,13 @@ struct ColumnCopier {
   }
 };
 
-template <Kind kKind_, class T_, bool kVectorised_, int kTileM_, int kTileN_, int kWarpsM_, int kWarpsN_, int kCtas_>
+// kScaled: weight_grad with a routing weight for every slot.
+template <Kind kKind_, class T_, bool kVectorised_, int kTileM_, int kTileN_, int kWarpsM_, int kWarpsN_, int kCtas_,
+          bool kScaled_ = false>
 struct Traits {
   using T = T_;
   static constexpr Kind kKind = kKind_;
-  static constexpr bool kVectorised = kVectorised_;
+  static constexpr bool kVectorised = kVectorised_, kScaled = kScaled_;
   static constexpr int kTileM = kTileM_, kTileN = kTileN_, kWarpsN = kWarpsN_, kCtas = kCtas_;
   static constexpr int kThreads = kWarpsM_ * kWarpsN_ * kWarp;
   static constexpr int kWarpM = kTileM / kWarpsM_, kWarpN = kTileN / kWarpsN_;
@@ -176,15 +178,14 @@ class Loader {
     return gather ? args_.top_k(args_.slot_index[first + i]) : first + i;
   }
 
-  // The weight's row behind column c of the tile.
+  // The weight's row behind column c of the tile. Gated, the groups of columns hold gate and up rows by turns.
   __device__ int column_source(int c) const {
-    if (Traits::kKind != Kind::up || !args_.gated) {
-      const int column = tile_.column + c;
-      return column < args_.columns ? column : -1;
-    }
     constexpr int kGroup = Traits::kWarpN / 2;
-    const int column = tile_.column + c / Traits::kWarpN * kGroup + c % kGroup, half = c / kGroup % 2;
+    const bool gated = Traits::kKind == Kind::up && args_.gated;
+    const int group = c / kGroup, half = gated ? group % 2 : 0;
+    const int column = tile_.column + (gated ? group / 2 : group) * kGroup + c % kGroup;
     if (column >= args_.columns) return -1;
+    if (Traits::kKind != Kind::up) return column;
     return args_.alternate ? 2 * column + half : column + half * args_.columns;
   }
 
@@ -202,8 +203,8 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas) grouped_gemm(
   using Mma = typename Traits::Mma;
   using A = Acc<typename Traits::T>;
   constexpr int kABytes = Traits::kTileM * 128, kStageBytes = kABytes + Traits::kTileN * 128;
-  constexpr int kScaleBytes = Traits::kWeightGrad ? 256 : 0;  // a scale for each element of the contraction
-  constexpr bool kWeightGrad = Traits::kWeightGrad;
+  constexpr bool kWeightGrad = Traits::kWeightGrad, kScaled = Traits::kScaled;
+  constexpr int kScaleBytes = kWeightGrad ? 256 : 0;  // a scale for each element of the contraction
   static_assert(kScaleBytes == 0 || kScaleBytes >= Traits::kBlockK * int(sizeof(A)));
   extern __shared__ __align__(1024) unsigned char shared[];
 
@@ -213,14 +214,13 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas) grouped_gemm(
                                              reinterpret_cast<int*>(scales + stages * kScaleBytes));
   const int warp = threadIdx.x / kWarp, warp_m = warp / Traits::kWarpsN, warp_n = warp % Traits::kWarpsN;
   const SharedAddress base = shared_address(shared), scale_base = shared_address(scales);
-  const bool scaled = kWeightGrad && args.weights != nullptr;
 
   Loader<Traits> loader(args, schedule);
   for (int s = 0; s < stages - 1; ++s) {
     loader.advance();
     loader.copy_a(base + s * kStageBytes);
     loader.copy_b(base + s * kStageBytes);
-    if (scaled) loader.copy_scale(scale_base + s * kScaleBytes);
+    if constexpr (kScaled) loader.copy_scale(scale_base + s * kScaleBytes);
     copy_async_commit();
   }
   // All but the newest stages - 2 groups have landed, for every thread.
@@ -229,49 +229,46 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas) grouped_gemm(
     else if (stages == 4) copy_async_wait<2>();
     else if (stages == 3) copy_async_wait<1>();
     else copy_async_wait<0>();
-    __syncthreads();
+    __syncthreads();  // by all warps, though not all from the same place
   };
   wait();
 
   Mma mma(warp_m, warp_n);
   const auto load = [&](typename Mma::Fragment& f, int stage, int step) {
     mma.load(f, base + stage * kStageBytes, base + stage * kStageBytes + kABytes, step);
-    if (scaled) mma.scale(f, reinterpret_cast<const A*>(scales + stage * kScaleBytes), step);
+    if constexpr (kScaled) mma.scale(f, reinterpret_cast<const A*>(scales + stage * kScaleBytes), step);
   };
+  static_assert(!Mma::kPipelined || Mma::kSteps % 2 == 0);
   typename Mma::Fragment fragment[Mma::kPipelined ? 2 : 1];
   int reading = 0, writing = stages - 1;
   if constexpr (Mma::kPipelined) load(fragment[0], 0, 0);
 
-  Tile tile;
-  for (int i = 0; schedule.tile(i, tile); ++i) {
-    const int blocks = ((kWeightGrad ? tile.slots : args.contraction) + Traits::kBlockK - 1) / Traits::kBlockK;
-    const bool active = warp_m * Traits::kWarpM < tile.rows;
-    if constexpr (Traits::kKind == Kind::act_grad) prefetch_pre_activation<Traits>(args, tile);
-    mma.clear();
+  // A tile's blocks; a warp all of whose rows lie past the end of the tile only copies.
+  const auto walk = [&](int blocks, auto active) {
+    constexpr bool kActive = decltype(active)::value;
     for (int block = 0; block < blocks; ++block) {
       const SharedAddress to = base + writing * kStageBytes;
       const int next = reading + 1 == stages ? 0 : reading + 1;
 #pragma unroll
       for (int step = 0; step < Mma::kSteps; ++step) {
-        constexpr int kLast = Mma::kSteps - 1;
-        const int slot = Mma::kPipelined ? step & 1 : 0;
-        if constexpr (Mma::kPipelined) {
-          // At the last step all of this block is in registers: it may be overwritten once every warp has come here.
-          if (step == kLast) {
+        if constexpr (!Mma::kPipelined) {
+          if (kActive) load(fragment[0], reading, step);
+          if (kActive) mma.multiply(fragment[0]);
+        } else {
+          if (step == Mma::kSteps - 1) {
+            // All of this block is in registers: it may be overwritten once every warp has come here.
             wait();
-            load(fragment[slot ^ 1], next, 0);
-          } else if (active) {
-            load(fragment[slot ^ 1], reading, step + 1);
+            load(fragment[step % 2 ^ 1], next, 0);
+          } else if (kActive) {
+            load(fragment[step % 2 ^ 1], reading, step + 1);
           }
-        } else if (active) {
-          load(fragment[0], reading, step);
+          if (kActive) mma.multiply(fragment[step % 2]);
         }
-        if (active) mma.multiply(fragment[slot]);
         if (step == 0) loader.advance();
         if (step == 1) loader.copy_a(to);
         if (step == 2) {
           loader.copy_b(to);
-          if (scaled) loader.copy_scale(scale_base + writing * kScaleBytes);
+          if constexpr (kScaled) loader.copy_scale(scale_base + writing * kScaleBytes);
           copy_async_commit();
         }
       }
@@ -279,6 +276,16 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas) grouped_gemm(
       reading = next;
       writing = writing + 1 == stages ? 0 : writing + 1;
     }
+  };
+
+  Tile tile;
+  for (int i = 0; schedule.tile(i, tile); ++i) {
+    const int blocks = ((kWeightGrad ? tile.slots : args.contraction) + Traits::kBlockK - 1) / Traits::kBlockK;
+    const bool active = warp_m * Traits::kWarpM < tile.rows;
+    if constexpr (Traits::kKind == Kind::act_grad) prefetch_pre_activation<Traits>(args, tile);
+    mma.clear();
+    if (active) walk(blocks, std::true_type{});
+    else walk(blocks, std::false_type{});
     epilogue<Traits>(args, tile, mma, warp_n, active);
   }
 }

@@ -23,10 +23,10 @@ cudaError_t launch_gemm(const Configuration& c, const Arguments& args, cudaStrea
   return fastmoe_cpp::cuda::launch(kernel, c.grid, dim3(Traits::kThreads), c.shared_bytes, stream, args, c.stages);
 }
 
-template <Kind kKind, class T>
-cudaError_t launch(const Configuration& c, bool vectorised, const Arguments& args, cudaStream_t stream) {
+template <Kind kKind, class T, bool kScaled>
+cudaError_t launch_tiling(const Configuration& c, bool vectorised, const Arguments& args, cudaStream_t stream) {
   if constexpr (sizeof(T) == 2) {
-    if (!vectorised) return launch_gemm<Traits<kKind, T, false, 64, 128, 2, 2, 3>>(c, args, stream);
+    if (!vectorised) return launch_gemm<Traits<kKind, T, false, 64, 128, 2, 2, 3, kScaled>>(c, args, stream);
     switch (c.tiling) {
       case Tiling::small:
         if constexpr (kKind == Kind::up || kKind == Kind::linear) {
@@ -34,15 +34,22 @@ cudaError_t launch(const Configuration& c, bool vectorised, const Arguments& arg
         } else {
           return cudaErrorInvalidValue;
         }
-      case Tiling::pair: return launch_gemm<Traits<kKind, T, true, 128, 128, 2, 2, 2>>(c, args, stream);
-      case Tiling::large: return launch_gemm<Traits<kKind, T, true, 128, 256, 2, 4, 1>>(c, args, stream);
-      default: return launch_gemm<Traits<kKind, T, true, 64, 128, 2, 2, 3>>(c, args, stream);
+      case Tiling::pair: return launch_gemm<Traits<kKind, T, true, 128, 128, 2, 2, 2, kScaled>>(c, args, stream);
+      case Tiling::large: return launch_gemm<Traits<kKind, T, true, 128, 256, 2, 4, 1, kScaled>>(c, args, stream);
+      default: return launch_gemm<Traits<kKind, T, true, 64, 128, 2, 2, 3, kScaled>>(c, args, stream);
     }
   } else {
     constexpr int kTileM = sizeof(T) == 4 ? 64 : 32;
-    if (vectorised) return launch_gemm<Traits<kKind, T, true, kTileM, 128, 2, 2, 2>>(c, args, stream);
-    return launch_gemm<Traits<kKind, T, false, kTileM, 128, 2, 2, 2>>(c, args, stream);
+    if (vectorised) return launch_gemm<Traits<kKind, T, true, kTileM, 128, 2, 2, 2, kScaled>>(c, args, stream);
+    return launch_gemm<Traits<kKind, T, false, kTileM, 128, 2, 2, 2, kScaled>>(c, args, stream);
   }
+}
+
+template <Kind kKind, class T>
+cudaError_t launch(const Configuration& c, bool vectorised, const Arguments& args, cudaStream_t stream) {
+  if constexpr (kKind == Kind::weight_grad)
+    if (args.weights) return launch_tiling<kKind, T, true>(c, vectorised, args, stream);
+  return launch_tiling<kKind, T, false>(c, vectorised, args, stream);
 }
 
 }  // namespace fastmoe_cpp::cuda::portable

@@ -81,6 +81,8 @@ class HalfMma {
     } else {
       b_ = chunk_offset((lane >> 3 & 1) * 8 + low, warp_n * (kWarpN / 8) + (lane >> 4), kTileN * 2);
     }
+    keep_in_register(a_);
+    keep_in_register(b_);
   }
 
   __device__ void clear() { memset(sum_, 0, sizeof(sum_)); }

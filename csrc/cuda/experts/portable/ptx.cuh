@@ -90,6 +90,9 @@ __device__ __forceinline__ void store_shared(SharedAddress to, const uint4& v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 
+// Hides where a value came from, so that the compiler does not compute it again and again.
+__device__ __forceinline__ void keep_in_register(int& x) { asm volatile("" : "+r"(x)); }
+
 // 1 / (1 + exp(-x)) by the special function units, for results that are rounded to 16 bits.
 __device__ __forceinline__ float fast_sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
 
