@@ -18,8 +18,7 @@ __host__ __device__ constexpr bool is_mn_major(Load load) { return load == Load:
 
 inline constexpr int kBlockK = 64;         // elements of the contraction a stage: one 128-byte swizzled row
 inline constexpr int kBoxBytes = 8192;     // 64 x 64 elements
-// Two consumer warpgroups, then the producers' one: its warps 0 and 1 gather, 2 loads by TMA, 3 publishes.
-inline constexpr int kThreads = 384, kGatherThreads = 64, kRowsACopy = kGatherThreads / 8;
+inline constexpr int kThreads = 384;       // two consumer warpgroups, then the producers' one
 inline constexpr int kOrderBarrier = 1;    // named barriers 1 and 2: whose main loop is next
 inline constexpr int kTransformBarrier = 3;
 
@@ -38,6 +37,10 @@ struct Gemm {
   static constexpr int kABytes = kM * 128, kBBytes = kN * 128, kStageBytes = kABytes + kBBytes;
   static constexpr int kStages = 204800 / kStageBytes > 12 ? 12 : 204800 / kStageBytes;
   static constexpr bool kGathers = is_gathered(kA) || is_gathered(kB);
+  // Wide gathers (B's 256 columns) need all four producer warps, and consumers fence. Otherwise warps 0 and 1 gather, and a
+  // warp of its own publishes.
+  static constexpr bool kPublishes = kGathers && !is_gathered(kB);
+  static constexpr int kGatherThreads = kPublishes ? 64 : 128, kRowsACopy = kGatherThreads / 8;
   // 504 for a thread of each warpgroup.
   static constexpr int kProducerRegisters = !kGathers ? 40 : Epilogue::kInputHalves > 0 ? 104 : 88;
   static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
@@ -164,24 +167,24 @@ __device__ __forceinline__ void load_input(const Arguments<G>& args, const Tile&
   }
 }
 
-// In both gathers, thread -> one 16-byte chunk (thread % 8) of a 128-byte segment of rows thread / 8 + 8 i. Producers are
+// In both gathers, thread -> one 16-byte chunk (thread % 8) of a 128-byte segment of rows thread / 8 + kRowsACopy i. Producers are
 // bound by their own instructions: pointers are kept across stages, and full tiles take a path without predicates.
 
 // Gathers rows of A. Rows past the tile reach only output rows that nobody stores; the contraction's tail is zeros.
 template <class G>
 struct RowGather {
   using T = typename G::T;
-  static constexpr int kRows = G::kM / kRowsACopy;
+  static constexpr int kRows = G::kM / G::kRowsACopy;
   int pairs[kRows];         // of the tile to come, fetched while the present one runs
   uint32_t offsets[kRows];  // in units of 8 elements
   uint32_t rows_inside;
   const uint4* base;        // moves along the contraction
 
   __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) {
-    const int row = (threadIdx.x & (kGatherThreads - 1)) >> 3;
+    const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3;
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      pairs[i] = row + kRowsACopy * i < tile.rows ? args.slot_index[tile.first + row + kRowsACopy * i] : -1;
+      pairs[i] = row + G::kRowsACopy * i < tile.rows ? args.slot_index[tile.first + row + G::kRowsACopy * i] : -1;
     }
   }
   __device__ __forceinline__ void begin(const Arguments<G>& args) {
@@ -194,17 +197,17 @@ struct RowGather {
     }
   }
   __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t) {
-    const int row = (threadIdx.x & (kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
+    const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
     const uint32_t destination = a + row * 128 + ((chunk ^ (row & 7)) << 4);
     if (tile.rows == G::kM && (k_block + 1) * kBlockK <= args.k_size) {
 #pragma unroll
-      for (int i = 0; i < kRows; ++i) ptx::copy_async_16(destination + i * kRowsACopy * 128, base + offsets[i]);
+      for (int i = 0; i < kRows; ++i) ptx::copy_async_16(destination + i * G::kRowsACopy * 128, base + offsets[i]);
     } else {
       const bool inside = k_block * kBlockK + chunk * 8 < args.k_size;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         if (rows_inside >> i & 1) {
-          ptx::copy_async_16(destination + i * kRowsACopy * 128,
+          ptx::copy_async_16(destination + i * G::kRowsACopy * 128,
                              inside ? base + offsets[i] : static_cast<const uint4*>(args.gathered), inside);
         }
       }
@@ -219,18 +222,18 @@ template <class G>
 struct ColumnGather {
   using T = typename G::T;
   static constexpr int kColumns = G::kA == Load::gathered_columns ? G::kM : G::kN;
-  static constexpr int kRows = kBlockK / kRowsACopy;
+  static constexpr int kRows = kBlockK / G::kRowsACopy;
   int pairs[kRows];  // of the k block to come
 
   __device__ __forceinline__ void fetch_block(const Arguments<G>& args, const Tile& tile, int k_block) {
-    const int slot = k_block * kBlockK + ((threadIdx.x & (kGatherThreads - 1)) >> 3);
+    const int slot = k_block * kBlockK + ((threadIdx.x & (G::kGatherThreads - 1)) >> 3);
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) pairs[i] = slot + kRowsACopy * i < tile.rows ? args.slot_index[tile.first + slot + kRowsACopy * i] : -1;
+    for (int i = 0; i < kRows; ++i) pairs[i] = slot + G::kRowsACopy * i < tile.rows ? args.slot_index[tile.first + slot + G::kRowsACopy * i] : -1;
   }
   __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) { fetch_block(args, tile, 0); }
   __device__ __forceinline__ void begin(const Arguments<G>&) {}
   __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t b) {
-    const int row = (threadIdx.x & (kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
+    const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
     const int first_column = (G::kA == Load::gathered_columns ? tile.m : tile.n) * kColumns, column = first_column + chunk * 8;
     const uint32_t destination = (G::kA == Load::gathered_columns ? a : b) + row * 128 + ((chunk ^ (row & 7)) << 4);
     const T* sources[kRows];
@@ -247,7 +250,7 @@ struct ColumnGather {
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int box = 0; box < kColumns / 64; ++box) {
-          ptx::copy_async_16(destination + i * kRowsACopy * 128 + box * kBoxBytes, sources[i] + box * 64);
+          ptx::copy_async_16(destination + i * G::kRowsACopy * 128 + box * kBoxBytes, sources[i] + box * 64);
         }
       }
     } else {
@@ -256,7 +259,7 @@ struct ColumnGather {
 #pragma unroll
         for (int box = 0; box < kColumns / 64; ++box) {
           const bool inside = valid[i] && column + box * 64 < args.gathered_columns;
-          ptx::copy_async_16(destination + i * kRowsACopy * 128 + box * kBoxBytes,
+          ptx::copy_async_16(destination + i * G::kRowsACopy * 128 + box * kBoxBytes,
                              inside ? sources[i] + box * 64 : static_cast<const T*>(args.gathered), inside);
         }
       }
@@ -287,7 +290,7 @@ __device__ __forceinline__ void load_tiles(const Arguments<G>& args, const Sched
   }
 }
 
-// Two warps: gathered rows.
+// Two or four warps: gathered rows; the four load what comes by TMA as well.
 template <class G>
 __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   std::conditional_t<is_mn_major(G::kA), ColumnGather<G>, RowGather<G>> gather;
@@ -305,8 +308,12 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
     for (int k_block = 0; k_block < k_blocks; ++k_block) {
       const uint32_t a = ring.stages + position.stage * G::kStageBytes;
       ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
+      if constexpr (!G::kPublishes) {
+        if ((threadIdx.x & 127) == 0) load_by_tma<G>(args, tile, k_block, a, a + G::kABytes, ring.full + position.stage * 8);
+        __syncwarp();
+      }
       gather.issue(args, tile, k_block, a, a + G::kABytes);
-      ptx::copy_async_arrive(ring.landed + position.stage * 8);
+      ptx::copy_async_arrive((G::kPublishes ? ring.landed : ring.full) + position.stage * 8);
       position.advance();
     }
     const int input_blocks = input_blocks_of(args, tile);
@@ -324,7 +331,7 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
 
 // One warp: hands gathered stages to the consumers. Gathered rows were written through the generic proxy and wgmma reads
 // through the async proxy, so a proxy fence must stand between. It also waits for whatever its thread has in flight: on the
-// gathering threads it would wait for later copies, on the consumers for wgmmas. This warp has nothing in flight.
+// gathering threads it would wait for later copies, on the consumers for wgmmas and stores. This warp has nothing in flight.
 template <class G>
 __device__ __forceinline__ void publish_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   Position<G::kStages> position;
@@ -392,6 +399,7 @@ __device__ __forceinline__ void multiply(float (&accumulators)[G::kBlocksM][G::k
   for (int k_block = 0; k_block < k_blocks; ++k_block) {
     const int stage = position.stage;
     ptx::barrier_wait(ring.full + stage * 8, position.phase);
+    if constexpr (G::kGathers && !G::kPublishes) ptx::proxy_fence();
     if constexpr (G::kWeightGrad) {
       const uint32_t a = ring.stages + stage * G::kStageBytes;
       fix_slots<G>(args, tile, k_block, a, a + G::kABytes, group);
@@ -485,8 +493,8 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
   ring.landed = ring.empty + G::kStages * 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < G::kStages; ++i) {
-      ptx::barrier_init(ring.full + i * 8, G::kGathers ? 2 : 1);
-      ptx::barrier_init(ring.landed + i * 8, kGatherThreads);
+      ptx::barrier_init(ring.full + i * 8, G::kPublishes ? 2 : G::kGathers ? 1 + G::kGatherThreads : 1);
+      ptx::barrier_init(ring.landed + i * 8, G::kGatherThreads);
       ptx::barrier_init(ring.empty + i * 8, G::kCooperative ? 8 : 4);
     }
     ptx::barrier_init_fence();
@@ -504,8 +512,12 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
   } else {
     ptx::decrease_registers<G::kProducerRegisters>();
     const int warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x >> 5), 0) & 3;
-    if (warp == 2) load_tiles<G>(args, schedule, ring);
-    if constexpr (G::kGathers) {
+    if constexpr (G::kGathers && !G::kPublishes) {
+      gather_tiles<G>(args, schedule, ring);
+    } else {
+      if (warp == 2) load_tiles<G>(args, schedule, ring);
+    }
+    if constexpr (G::kPublishes) {
       if (warp < 2) gather_tiles<G>(args, schedule, ring);
       if (warp == 3) publish_tiles<G>(args, schedule, ring);
     }
