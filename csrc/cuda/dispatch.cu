@@ -2,6 +2,8 @@
 // block, in earlier steps of the warp, and in lower lanes: integer counts only, so the plan is stable and repeatable.
 #include "dispatch.h"
 
+#include <cooperative_groups.h>
+
 #include <algorithm>
 #include <limits>
 
@@ -10,55 +12,24 @@
 namespace fastmoe_cpp::cuda {
 namespace {
 
-constexpr int64_t kOneBlockPairs = 8192;  // up to here one block does it all
-constexpr int64_t kBlockPairs = 2048;
-constexpr int64_t kMaxBlocks = 1024;
-constexpr int kStepsInFlight = 4;
+constexpr int kThreads = 512;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int kSteps = 4;                  // of 32 pairs that a warp has in flight
+constexpr int64_t kOneBlockPairs = 2048;   // up to here one block does it all
+constexpr int64_t kBlockPairs = 512;       // the fewest pairs for which another block is taken
+constexpr int kMaxBlocksALane = 8;         // of the counts that scan_blocks holds
 constexpr int kSelectThreads = 1024;
 constexpr int kRun = 4;  // keys a thread has in flight
 
-// counts[warps][E] and offset[E + 1] stay within 48 KiB of shared memory.
-int warps_for(int experts) { return experts <= 512 ? 16 : 8; }
-size_t shared_for(int experts) { return (static_cast<size_t>(warps_for(experts)) * experts + experts + 1) * sizeof(int); }
-
-// The part of the pairs that one warp walks, 32 a step.
-struct Walk {
-  int64_t begin, end, pairs;
-  __device__ Walk(int64_t pairs) : pairs(pairs) {
-    const int warps = blockDim.x / kWarp;
-    const int64_t warp_pairs = (pairs + gridDim.x * blockDim.x - 1) / (gridDim.x * blockDim.x) * kWarp;
-    begin = (static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / kWarp) * warp_pairs;
-    end = begin + warp_pairs;
-  }
-
-  // f(pair, expert): expert is -1 where the pair is dropped or past the end. All lanes call f together.
-  template <typename Id, typename F>
-  __device__ void each(const DispatchParams& p, F&& f) const {
-    const Id* ids = static_cast<const Id*>(p.topk_ids);
-    for (int64_t start = begin; start < end && start < pairs; start += kStepsInFlight * kWarp) {
-      int64_t id[kStepsInFlight];
-#pragma unroll
-      for (int s = 0; s < kStepsInFlight; ++s) {
-        const int64_t pair = start + s * kWarp + lane_id();
-        id[s] = pair < end && pair < pairs ? static_cast<int64_t>(ids[pair]) : -1;
-        require_expert_id(pair, id[s], p.experts);
-        if (p.padding_mask && id[s] >= 0 && p.padding_mask[static_cast<unsigned>(pair) / static_cast<unsigned>(p.top_k)])
-          id[s] = -1;
-      }
-#pragma unroll
-      for (int s = 0; s < kStepsInFlight; ++s) {
-        if (start + s * kWarp >= end) break;
-        const int64_t pair = start + s * kWarp + lane_id();
-        f(pair, static_cast<int>(id[s]));
-      }
-    }
-  }
-};
+// counts[warps][E], offset[E + 1]
+size_t shared_for(int experts) { return (static_cast<size_t>(kWarps) * experts + experts + 1) * sizeof(int); }
 
 // The lanes whose expert is this lane's, by one vote a bit; meaningless where expert is -1.
-__device__ __forceinline__ unsigned lanes_with(int expert, int bits) {
+template <int kBits>
+__device__ __forceinline__ unsigned lanes_with(int expert) {
   unsigned same = __ballot_sync(kAllLanes, expert >= 0);
-  for (int b = 0; b < bits; ++b) {
+#pragma unroll
+  for (int b = 0; b < kBits; ++b) {
     const bool set = expert >> b & 1;
     const unsigned votes = __ballot_sync(kAllLanes, set);
     same &= set ? votes : ~votes;
@@ -66,19 +37,58 @@ __device__ __forceinline__ unsigned lanes_with(int expert, int bits) {
   return same;
 }
 
-// counts[w][e] = pairs of expert e that warp w walks.
-template <typename Id>
-__device__ void count_pairs(const DispatchParams& p, const Walk& walk, int bits, int* counts) {
-  for (int i = threadIdx.x; i < static_cast<int>(blockDim.x / kWarp) * p.experts; i += blockDim.x) counts[i] = 0;
-  __syncthreads();
-  int* mine = counts + threadIdx.x / kWarp * p.experts;
-  walk.each<Id>(p, [&](int64_t, int expert) {
-    const unsigned same = lanes_with(expert, bits);
-    if (expert >= 0 && lane_id() == __ffs(same) - 1) mine[expert] += __popc(same);
-    __syncwarp();
-  });
-  __syncthreads();
-}
+// The part of the pairs that one warp walks: batches of kSteps steps of 32 pairs.
+template <typename Id, int kBits>
+struct Walk {
+  const DispatchParams& p;
+  int64_t begin, end;  // this warp's pairs
+  bool one_batch;      // whether every warp's pairs are one batch, which then stays in registers
+
+  __device__ explicit Walk(const DispatchParams& p) : p(p) {
+    const int64_t pairs = p.tokens * p.top_k, warps = static_cast<int64_t>(gridDim.x) * kWarps;
+    const int64_t steps = (pairs + warps * kWarp - 1) / (warps * kWarp);
+    one_batch = steps <= kSteps;
+    begin = (static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp) * steps * kWarp;
+    end = min(begin + steps * kWarp, pairs);
+  }
+
+  // The experts of the batch that starts at `start`: -1 where a pair is dropped or past the end.
+  __device__ void load(int64_t start, int (&expert)[kSteps]) const {
+    const Id* ids = static_cast<const Id*>(p.topk_ids);
+    int64_t id[kSteps];
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int64_t pair = start + s * kWarp + lane_id();
+      id[s] = pair < end ? static_cast<int64_t>(ids[pair]) : -1;
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int64_t pair = start + s * kWarp + lane_id();
+      require_expert_id(pair, id[s], p.experts);
+      expert[s] = static_cast<int>(id[s]);
+      if (p.padding_mask && id[s] >= 0 &&
+          p.padding_mask[static_cast<unsigned>(pair) / static_cast<unsigned>(p.top_k)])
+        expert[s] = -1;
+    }
+  }
+
+  // rank[s] = the pairs of the expert that mine[expert] counts already and those before this one in the batch; mine[] then
+  // counts the batch too. By all lanes together.
+  __device__ void rank(const int (&expert)[kSteps], int* mine, int (&rank)[kSteps]) const {
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const unsigned same = lanes_with<kBits>(expert[s]);
+      const int leader = __ffs(same) - 1;
+      int before = 0;
+      if (expert[s] >= 0 && lane_id() == leader) {
+        before = mine[expert[s]];
+        mine[expert[s]] = before + __popc(same);
+      }
+      rank[s] = __shfl_sync(kAllLanes, before, leader & (kWarp - 1)) + __popc(same & ((1u << lane_id()) - 1));
+      __syncwarp();
+    }
+  }
+};
 
 // The sum of x over the lanes before this one.
 __device__ __forceinline__ int warp_sum_before(int x) {
@@ -109,100 +119,123 @@ __device__ int sum_before(int x, int* scratch, int* all = nullptr) {
 
 // offset[e] = sum over experts before e of min(tokens_per_expert, capacity), e = 0 .. E.
 __device__ void expert_offsets(const int64_t* tokens_per_expert, int experts, int64_t capacity, int* offset, int* scratch) {
-  const int run = (experts + blockDim.x - 1) / blockDim.x, first = threadIdx.x * run;
-  const auto kept = [&](int e) { return static_cast<int>(min(tokens_per_expert[e], capacity)); };
-  int sum = 0;
-  for (int e = first; e < min(first + run, experts); ++e) sum += kept(e);
+  constexpr int kMost = 1024 / kThreads;
+  const int first = threadIdx.x * kMost;
+  int kept[kMost], sum = 0;
+#pragma unroll
+  for (int i = 0; i < kMost; ++i)
+    sum += kept[i] = first + i < experts ? static_cast<int>(min(tokens_per_expert[first + i], capacity)) : 0;
   int at = sum_before(sum, scratch);
-  for (int e = first; e < min(first + run, experts); ++e) {
-    offset[e] = at;
-    at += kept(e);
-    if (e == experts - 1) offset[experts] = at;
+#pragma unroll
+  for (int i = 0; i < kMost; ++i) {
+    if (first + i < experts) offset[first + i] = at;
+    at += kept[i];
+    if (first + i == experts - 1) offset[experts] = at;
   }
   __syncthreads();
 }
 
-template <typename Id>
-__global__ void __launch_bounds__(512) count_kernel(const DispatchParams p, const int bits) {
-  extern __shared__ int counts[];
-  count_pairs<Id>(p, Walk(p.tokens * p.top_k), bits, counts);
-  for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
-    int sum = 0;
-    for (int w = 0; w < static_cast<int>(blockDim.x / kWarp); ++w) sum += counts[w * p.experts + e];
-    p.block_counts[static_cast<int64_t>(e) * gridDim.x + blockIdx.x] = sum;
+// By one warp an expert across the grid: block_counts[b][e] becomes the sum over the blocks before b, and
+// tokens_per_expert the sum over all.
+__device__ void scan_blocks(const DispatchParams& p) {
+  const int blocks = gridDim.x, rows = (blocks + kWarp - 1) / kWarp;
+  for (int expert = blockIdx.x + threadIdx.x / kWarp * blocks; expert < p.experts; expert += blocks * kWarps) {
+    int* column = p.block_counts + expert;
+    const int first = lane_id() * rows;
+    int count[kMaxBlocksALane], sum = 0;
+#pragma unroll
+    for (int r = 0; r < kMaxBlocksALane; ++r)
+      count[r] = r < rows && first + r < blocks ? column[static_cast<int64_t>(first + r) * p.experts] : 0;
+#pragma unroll
+    for (int r = 0; r < kMaxBlocksALane; ++r) sum += count[r];
+    int at = warp_sum_before(sum);
+#pragma unroll
+    for (int r = 0; r < kMaxBlocksALane; ++r) {
+      if (r < rows && first + r < blocks) column[static_cast<int64_t>(first + r) * p.experts] = at;
+      at += count[r];
+    }
+    if (lane_id() == kWarp - 1) p.tokens_per_expert[expert] = at;
   }
 }
 
-// One warp an expert: the counts of its blocks become the sums before each, and their total tokens_per_expert.
-__global__ void __launch_bounds__(256) scan_kernel(const DispatchParams p, const int blocks) {
-  const int expert = blockIdx.x * (blockDim.x / kWarp) + threadIdx.x / kWarp, lane = lane_id();
-  if (expert >= p.experts) return;
-  int* row = p.block_counts + static_cast<int64_t>(expert) * blocks;
-  int carry = 0;
-  for (int start = 0; start < blocks; start += kWarp) {
-    const int b = start + lane, count = b < blocks ? row[b] : 0;
-    const int before = warp_sum_before(count);
-    if (b < blocks) row[b] = carry + before;
-    carry += __shfl_sync(kAllLanes, before + count, kWarp - 1);
-  }
-  if (lane == 0) p.tokens_per_expert[expert] = carry;
-}
-
-template <typename Id, bool kOneBlock>
-__global__ void __launch_bounds__(512) place_kernel(const DispatchParams p, const int bits) {
+// Blocks of a grid of more than one are all resident (a cooperative launch): they count, sum up over blocks, and place.
+template <typename Id, int kBits>
+__global__ void __launch_bounds__(kThreads) plan_kernel(const DispatchParams p) {
   extern __shared__ int counts[];
   __shared__ int scratch[kWarp];
-  const int warps = blockDim.x / kWarp;
-  int* offset = counts + warps * p.experts;
+  int* offset = counts + kWarps * p.experts;
+  int* mine = counts + threadIdx.x / kWarp * p.experts;
   const int64_t pairs = p.tokens * p.top_k;
-  const Walk walk(pairs);
-  count_pairs<Id>(p, walk, bits, counts);
+  const Walk<Id, kBits> walk(p);
+  int expert[kSteps], rank[kSteps];
 
-  // counts[w][e] becomes the rank, within its expert, of the warp's first pair of e
-  for (int e = threadIdx.x; e < p.experts; e += blockDim.x) {
-    int at = kOneBlock ? 0 : p.block_counts[static_cast<int64_t>(e) * gridDim.x + blockIdx.x];
-    for (int w = 0; w < warps; ++w) {
-      const int count = counts[w * p.experts + e];
-      counts[w * p.experts + e] = at;
-      at += count;
+  for (int i = threadIdx.x; i < kWarps * p.experts; i += kThreads) counts[i] = 0;
+  __syncthreads();
+  for (int64_t start = walk.begin; start < walk.end; start += kSteps * kWarp) {
+    walk.load(start, expert);
+    walk.rank(expert, mine, rank);
+  }
+  __syncthreads();
+  if (gridDim.x > 1) {
+    const auto grid = cooperative_groups::this_grid();
+    for (int e = threadIdx.x; e < p.experts; e += kThreads) {
+      int sum = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) sum += counts[w * p.experts + e];
+      p.block_counts[static_cast<int64_t>(blockIdx.x) * p.experts + e] = sum;
     }
-    if constexpr (kOneBlock) p.tokens_per_expert[e] = at;
+    grid.sync();
+    scan_blocks(p);
+    grid.sync();
+  }
+  // counts[w][e] becomes the rank, within its expert, of the warp's first pair of e
+  for (int e = threadIdx.x; e < p.experts; e += kThreads) {
+    int at = gridDim.x > 1 ? p.block_counts[static_cast<int64_t>(blockIdx.x) * p.experts + e] : 0, count[kWarps];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) count[w] = counts[w * p.experts + e];
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      counts[w * p.experts + e] = at;
+      at += count[w];
+    }
+    if (gridDim.x == 1) p.tokens_per_expert[e] = at;
   }
   __syncthreads();
   if (p.by_weight && blockIdx.x == 0) {
     expert_offsets(p.tokens_per_expert, p.experts, p.capacity, offset, scratch);
-    for (int e = threadIdx.x; e <= p.experts; e += blockDim.x) p.expert_offsets[e] = offset[e];
+    for (int e = threadIdx.x; e <= p.experts; e += kThreads) p.expert_offsets[e] = offset[e];
     __syncthreads();
   }
   const int64_t capacity = p.by_weight ? pairs : p.capacity;
   expert_offsets(p.tokens_per_expert, p.experts, capacity, offset, scratch);
   if (blockIdx.x == 0)
-    for (int e = threadIdx.x; e <= p.experts; e += blockDim.x)
+    for (int e = threadIdx.x; e <= p.experts; e += kThreads)
       (p.by_weight ? p.uncapped_offsets : p.expert_offsets)[e] = offset[e];
 
-  int* mine = counts + threadIdx.x / kWarp * p.experts;
   const int served = offset[p.experts];
-  walk.each<Id>(p, [&](int64_t pair, int expert) {
-    const unsigned same = lanes_with(expert, bits);
-    const int leader = __ffs(same) - 1;
-    int rank = 0;
-    if (expert >= 0 && lane_id() == leader) {
-      rank = mine[expert];
-      mine[expert] = rank + __popc(same);
-    }
-    rank = __shfl_sync(kAllLanes, rank, leader < 0 ? 0 : leader) + __popc(same & ((1u << lane_id()) - 1));
-    __syncwarp();
-    if (pair >= pairs) return;
-    if (p.by_weight) {
-      if (expert < 0) p.token_slot[pair] = -1;
-      else p.pairs_by_expert[offset[expert] + rank] = static_cast<int>(pair);
+  for (int64_t start = walk.begin; start < walk.end; start += kSteps * kWarp) {
+    if (walk.one_batch) {
+#pragma unroll
+      for (int s = 0; s < kSteps; ++s) rank[s] += expert[s] >= 0 ? mine[expert[s]] : 0;
     } else {
-      const int slot = expert >= 0 && rank < capacity ? offset[expert] + rank : -1;
-      p.token_slot[pair] = slot;
-      if (slot >= 0) p.slot_index[slot] = static_cast<int>(pair);
-      if (pair >= served) p.slot_index[pair] = -1;
+      walk.load(start, expert);
+      walk.rank(expert, mine, rank);
     }
-  });
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      const int64_t pair = start + s * kWarp + lane_id();
+      if (pair >= walk.end) continue;
+      if (p.by_weight) {
+        if (expert[s] < 0) p.token_slot[pair] = -1;
+        else p.pairs_by_expert[offset[expert[s]] + rank[s]] = static_cast<int>(pair);
+      } else {
+        const int slot = expert[s] >= 0 && rank[s] < capacity ? offset[expert[s]] + rank[s] : -1;
+        p.token_slot[pair] = slot;
+        if (slot >= 0) p.slot_index[slot] = static_cast<int>(pair);
+        if (pair >= served) p.slot_index[pair] = -1;
+      }
+    }
+  }
 }
 
 // The key of the want-th largest of n keys, by 8 bits a pass from the top; `want` becomes how many keys equal to it are
@@ -292,30 +325,51 @@ __global__ void __launch_bounds__(kSelectThreads) keep_heaviest_kernel(const Dis
   }
 }
 
+template <typename Id, int kBits>
+cudaError_t plan(const DispatchParams& p, int64_t blocks, cudaStream_t stream) {
+  const auto kernel = plan_kernel<Id, kBits>;
+  const size_t bytes = shared_for(p.experts);
+  if (bytes > 48 * 1024)
+    if (const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
+      return e;
+  cudaLaunchAttribute cooperative{};
+  cooperative.id = cudaLaunchAttributeCooperative;
+  cooperative.val.cooperative = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = bytes;
+  config.stream = stream;
+  config.attrs = &cooperative;
+  config.numAttrs = blocks > 1;
+  return cudaLaunchKernelEx(&config, kernel, p);
+}
+
 }  // namespace
 
-int64_t dispatch_blocks(int64_t pairs) {
-  return pairs <= kOneBlockPairs ? 1 : std::min(kMaxBlocks, ceil_div(pairs, kBlockPairs));
+cudaError_t dispatch_blocks(int64_t pairs, int64_t* blocks) {
+  *blocks = 1;
+  if (pairs <= kOneBlockPairs) return cudaSuccess;
+  int device, processors;
+  if (const auto e = cudaGetDevice(&device)) return e;
+  if (const auto e = cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device)) return e;
+  *blocks = std::min<int64_t>({ceil_div(pairs, kBlockPairs), processors, kWarp * kMaxBlocksALane});
+  return cudaSuccess;
 }
 
 cudaError_t dispatch(const DispatchParams& params, cudaStream_t stream) {
   DispatchParams p = params;
-  const int64_t pairs = p.tokens * p.top_k, blocks = dispatch_blocks(pairs);
+  const int64_t pairs = p.tokens * p.top_k;
+  int64_t blocks;
+  if (const auto e = dispatch_blocks(pairs, &blocks)) return e;
   p.by_weight = p.by_weight && p.capacity >= 0 && p.capacity < pairs;
   if (p.capacity < 0) p.capacity = std::numeric_limits<int32_t>::max();
-  const int threads = warps_for(p.experts) * kWarp;
-  const size_t bytes = shared_for(p.experts);
-  int bits = 0;
-  while (1 << bits < p.experts) ++bits;
-
-  const auto plan = [&](auto id) -> cudaError_t {
+  const auto with_bits = [&](auto id) {
     using Id = decltype(id);
-    if (blocks == 1) return launch(place_kernel<Id, true>, 1, threads, bytes, stream, p, bits);
-    if (const auto e = launch(count_kernel<Id>, blocks, threads, bytes, stream, p, bits)) return e;
-    if (const auto e = launch(scan_kernel, ceil_div(p.experts, 8), 256, 0, stream, p, blocks)) return e;
-    return launch(place_kernel<Id, false>, blocks, threads, bytes, stream, p, bits);
+    if (p.experts <= 16) return plan<Id, 4>(p, blocks, stream);
+    return p.experts <= 128 ? plan<Id, 7>(p, blocks, stream) : plan<Id, 10>(p, blocks, stream);
   };
-  if (const auto e = p.wide_ids ? plan(int64_t{}) : plan(int32_t{})) return e;
+  if (const auto e = p.wide_ids ? with_bits(int64_t{}) : with_bits(int32_t{})) return e;
   if (!p.by_weight) return cudaSuccess;
   return p.wide_weights ? launch(keep_heaviest_kernel<double>, p.experts, kSelectThreads, 0, stream, p)
                         : launch(keep_heaviest_kernel<float>, p.experts, kSelectThreads, 0, stream, p);

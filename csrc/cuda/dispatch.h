@@ -7,8 +7,8 @@
 namespace fastmoe_cpp::cuda {
 
 // Ids to the plan: stable (slots of an expert are in order of the pair t * K + k) and the same in every run.
-// One launch for few pairs, else three: counts of every block of pairs; their prefix sums; placement. A fourth chooses
-// the pairs that capacity keeps where that goes by weight.
+// One launch, cooperative (all blocks resident, one a multiprocessor) unless one block does; a second chooses the pairs
+// that capacity keeps where that goes by weight.
 struct DispatchParams {
   int64_t tokens;
   int top_k, experts;           // T * K < 2^31, E <= 1024
@@ -24,11 +24,11 @@ struct DispatchParams {
   int32_t* token_slot;          // [T, K]
   int32_t* expert_offsets;      // [E + 1]
   int64_t* tokens_per_expert;   // [E], before capacity
-  int32_t* block_counts;        // [E, dispatch_blocks], temporary; null where that is 1
+  int32_t* block_counts;        // [dispatch_blocks, E], temporary; null where that is 1
   int32_t* pairs_by_expert;     // [T * K], temporary; read and written where by_weight
   int32_t* uncapped_offsets;    // [E + 1], likewise
 };
-int64_t dispatch_blocks(int64_t pairs);
+cudaError_t dispatch_blocks(int64_t pairs, int64_t* blocks);
 cudaError_t dispatch(const DispatchParams&, cudaStream_t);
 
 }  // namespace fastmoe_cpp::cuda

@@ -10,16 +10,18 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int64_t kMaxLossBlocks = 1024;
-constexpr int64_t kPairsPerBlock = 8192;
+constexpr int64_t kPairsPerBlock = 2048;
 
 __device__ __forceinline__ float exp_of(float x) { return expf(x); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
 __device__ __forceinline__ float log_of(float x) { return logf(x); }
 __device__ __forceinline__ double log_of(double x) { return log(x); }
 
-__device__ __forceinline__ double count_at(const void* counts, CountType type, int64_t i) {
-  if (type == CountType::i64) return static_cast<double>(static_cast<const int64_t*>(counts)[i]);
-  return type == CountType::f32 ? static_cast<const float*>(counts)[i] : static_cast<const double*>(counts)[i];
+template <typename A>
+__device__ __forceinline__ A count_at(const void* counts, CountType type, int64_t i) {
+  if (type == CountType::i64) return static_cast<A>(static_cast<const int64_t*>(counts)[i]);
+  if (type == CountType::f32) return static_cast<const float*>(counts)[i];
+  return static_cast<A>(static_cast<const double*>(counts)[i]);
 }
 
 // The sum of x over the block, in every thread, in a fixed order.
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) balance_loss_kernel(const BalanceLos
     A mine = 0;
 #pragma unroll 4
     for (int64_t e = lane_id(); e < p.experts; e += kWarp)
-      mine += to_acc(row[e]) * static_cast<A>(count_at(p.counts, p.count_type, counts + e));
+      mine += to_acc(row[e]) * count_at<A>(p.counts, p.count_type, counts + e);
     sum += mine;
   });
   sum = block_sum(sum);
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(kThreads) balance_loss_backward_kernel(const B
     T* row = static_cast<T*>(p.grad_scores) + r * p.experts;
     const int64_t counts = r / p.length * p.experts;
     for (int64_t e = lane_id(); e < p.experts; e += kWarp)
-      row[e] = from_acc<T>(padding ? A(0) : static_cast<A>(factor * count_at(p.counts, p.count_type, counts + e)));
+      row[e] = from_acc<T>(padding ? A(0) : static_cast<A>(factor * count_at<double>(p.counts, p.count_type, counts + e)));
   });
 }
 
@@ -171,10 +173,10 @@ __global__ void __launch_bounds__(kThreads) z_loss_backward_kernel(const ZLossBa
 template <typename A>
 __global__ void __launch_bounds__(kThreads) update_expert_bias_kernel(const UpdateExpertBiasParams p) {
   double sum = 0;
-  for (int64_t e = threadIdx.x; e < p.experts; e += kThreads) sum += count_at(p.counts, p.count_type, e);
+  for (int64_t e = threadIdx.x; e < p.experts; e += kThreads) sum += count_at<double>(p.counts, p.count_type, e);
   const double mean = block_sum(sum) / p.experts;
   const auto sign = [&](int64_t e) {
-    const double count = count_at(p.counts, p.count_type, e);
+    const double count = count_at<double>(p.counts, p.count_type, e);
     return (mean > count) - (mean < count);
   };
   int signs = 0;

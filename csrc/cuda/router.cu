@@ -8,9 +8,9 @@ namespace {
 constexpr size_t kSharedBytes = 48 * 1024;
 constexpr int kWarps = 4;  // tokens a block, where shared memory allows
 
-// Offsets into one warp's shared memory, in bytes.
+// Offsets into one warp's shared memory, in bytes; experts a group.
 struct RouteLayout {
-  int values, keys, groups, chosen, kept, bytes = 0;
+  int values, keys, groups, chosen, kept, group_size, bytes = 0;
   int take(int64_t n) {
     const int at = bytes;
     bytes += static_cast<int>(ceil_div(n, 16) * 16);
@@ -20,19 +20,16 @@ struct RouteLayout {
 
 // Which groups keep their keys: kept[G] from the ordered keys [E]; groups[G] is scratch. Few groups share out the warp.
 template <typename A>
-__device__ void rank_groups(const RouteParams& p, const Key<A>* keys, Key<A>* groups, bool* kept) {
-  const int size = p.experts / p.num_groups;
+__device__ void rank_groups(const RouteParams& p, int size, const Key<A>* keys, Key<A>* groups, bool* kept) {
   int share = 1;  // lanes a group
   while (2 * share * p.num_groups <= kWarp) share *= 2;
   for (int g0 = 0; g0 < p.num_groups; g0 += kWarp / share) {
     const int g = g0 + lane_id() / share, part = lane_id() % share;
     Key<A> first = 0, second = 0;
-    for (int i = part, at = (g * share + part) % size; g < p.num_groups && i < size; i += share) {
-      const Key<A> key = max(keys[g * size + at], ordered_key(-A(INFINITY)));  // a NaN cannot win its group
+    for (int i = part; g < p.num_groups && i < size; i += share) {
+      const Key<A> key = max(keys[g * size + i], ordered_key(-A(INFINITY)));  // a NaN cannot win its group
       second = max(second, min(first, key));
       first = max(first, key);
-      at += share;  // groups start at different places, for the sake of the banks
-      if (at >= size) at -= size;
     }
     for (int d = 1; d < share; d *= 2) {
       const Key<A> other_first = __shfl_xor_sync(kAllLanes, first, d), other = __shfl_xor_sync(kAllLanes, second, d);
@@ -81,8 +78,8 @@ __device__ __forceinline__ void selection_keys(const RouteParams& p, const Route
   for (int i = 0; i < N; ++i)
     if (first + i < p.experts) keys[first + i] = key[i];
   __syncwarp();
-  rank_groups<A>(p, keys, reinterpret_cast<Key<A>*>(shared + layout.groups), kept);
-  const int size = p.experts / p.num_groups;
+  const int size = layout.group_size;
+  rank_groups<A>(p, size, keys, reinterpret_cast<Key<A>*>(shared + layout.groups), kept);
   int group = first / size, left = size - first % size;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
@@ -91,9 +88,9 @@ __device__ __forceinline__ void selection_keys(const RouteParams& p, const Route
   }
 }
 
-// One warp a token.
+// One warp a token. The blocks asked for are what hides the latency of one token's chain of rounds.
 template <typename T, int N>
-__global__ void __launch_bounds__(kWarps* kWarp)
+__global__ void __launch_bounds__(kWarps* kWarp, sizeof(Acc<T>) == 4 && N <= 4 ? 10 : 1)
     route_kernel(const RouteParams p, const RouteLayout layout, const bool wide) {
   using A = Acc<T>;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -260,6 +257,7 @@ cudaError_t route(const RouteParams& p, cudaStream_t stream) {
     layout.groups = layout.take(grouped ? p.num_groups * sizeof(Acc<T>) : 0);
     layout.chosen = layout.take(p.top_k * sizeof(int16_t));
     layout.kept = layout.take(grouped ? p.num_groups : 0);
+    layout.group_size = p.experts / p.num_groups;
     const int warps = std::min<int>(kWarps, kSharedBytes / layout.bytes);
     return with_experts<T>(p.experts, [&](auto n) {
       const bool wide = rows_are_wide<T, n()>(p.experts, {p.logits}, {p.scores, p.selection_scores, p.expert_bias});

@@ -78,21 +78,28 @@ __device__ __forceinline__ bool score_row(Score f, const A (&logit)[N], A (&scor
     return false;
   }
   A top = -A(INFINITY), sum = 0;
-  bool nan = false;
 #pragma unroll
   for (int i = 0; i < N; ++i) top = fmax(top, logit[i]);
   top = warp_max_number(top);
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    score[i] = exp_of(logit[i] - top);
-    const bool number = logit[i] == logit[i];
-    nan |= !number;
-    sum += number ? score[i] : A(0);
+  for (int i = 0; i < N; ++i) sum += score[i] = exp_of(logit[i] - top);
+  sum = warp_sum(sum);
+  bool nan = false;
+  if (sum != sum) {
+    sum = 0;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const bool number = logit[i] == logit[i];
+      nan |= !number;
+      sum += number ? score[i] : A(0);
+    }
+    sum = warp_sum(sum);
+    nan = __any_sync(kAllLanes, nan);
   }
-  const A scale = A(1) / warp_sum(sum);
+  const A scale = A(1) / sum;
 #pragma unroll
   for (int i = 0; i < N; ++i) score[i] *= scale;
-  return __any_sync(kAllLanes, nan);
+  return nan;
 }
 
 template <typename A, int N>

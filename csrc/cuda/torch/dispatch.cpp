@@ -16,7 +16,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch_op(const Tensor& topk_ids, i
   check_dispatch(topk_ids, num_experts, topk_weights, capacity, drop_policy, padding_mask);
   const c10::cuda::CUDAGuard guard(topk_ids.device());
   const auto options = topk_ids.options().dtype(at::kInt);
-  const int64_t pairs = topk_ids.numel(), blocks = dispatch_blocks(pairs);
+  const int64_t pairs = topk_ids.numel();
+  int64_t blocks = 1;
+  C10_CUDA_CHECK(dispatch_blocks(pairs, &blocks));
   const bool by_weight = capacity && parse_drop_policy(drop_policy) == DropPolicy::Probs;
   const Tensor ids = topk_ids.contiguous(), mask = contiguous_as(padding_mask, at::kBool);
   const Tensor weights = by_weight ? contiguous_as(topk_weights, accumulate_type(topk_weights->scalar_type())) : Tensor();
