@@ -147,7 +147,7 @@ class MoE(nn.Module):
             ids = ops.route(probs.detach(), c.top_k, scores_after_topk=True)[1]
         global_counts = None
         if form == "global" and self.training:
-            global_counts = losses.sum_over_ranks(self.router.tokens_per_expert.clone(), self.balance_group)
+            global_counts = losses.sum_over_ranks(self.router.tokens_per_expert, self.balance_group)
         if form == "sequence" and hidden_states.dim() > 2:
             sequences = hidden_states.shape[:-1].numel() // max(hidden_states.shape[-2], 1)
             probs = probs.reshape(sequences, hidden_states.shape[-2], c.num_experts)

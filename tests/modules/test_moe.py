@@ -111,6 +111,19 @@ def test_output_dtypes_on_every_path(dtype, case, mode, device):
     assert (out.hidden_states.requires_grad, out.aux_loss.requires_grad) == (mode != "no_grad",) * 2
 
 
+def test_a_token_of_nan_harms_itself_alone(device):
+    for case in ("mixtral", "deepseek", "gpt_oss"):
+        layer = make(case, device).eval()
+        x = torch.randn(9, HIDDEN, device=device, dtype=torch.float64)
+        clean = layer(x)
+        x[4] = float("nan")
+        out = layer.forward_with_routing(x)
+        assert out.hidden_states[4].isnan().all()
+        others = torch.arange(9, device=device) != 4
+        assert torch.equal(out.hidden_states[others], clean[others])
+        assert len(set(out.topk_ids[4].tolist())) == TOP_K and (0 <= out.topk_ids).all() and (out.topk_ids < 8).all()
+
+
 def test_strided_input(device):
     layer = make("mixtral", device)
     x = torch.randn(HIDDEN * 2, 5, 4, device=device, dtype=torch.float64).permute(2, 1, 0)[..., ::2]

@@ -88,6 +88,17 @@ def test_update_without_a_bias_does_nothing(device):
     assert all(torch.equal(state[k], v) for k, v in layer.state_dict().items())
 
 
+def test_the_operator_that_counts_once():
+    counts = torch.arange(4)
+    torch.library.opcheck(torch.ops.fastmoe_cpp.outside_backward.default, (counts,))
+    assert torch.equal(torch.ops.fastmoe_cpp.outside_backward(counts), counts)
+    seen = []
+    x = torch.zeros(1, requires_grad=True)
+    x.register_hook(lambda g: seen.append(torch.ops.fastmoe_cpp.outside_backward(counts)))
+    x.sum().backward()
+    assert seen[0].tolist() == [0] * 4
+
+
 # --- activation checkpointing -----------------------------------------------------------------------------------------
 
 
@@ -249,7 +260,7 @@ def test_nothing_grows(case, device):
     steps(50)
     before, memory = alive(), resident_bytes()
     steps(150)
-    assert alive() == before
+    assert alive() <= before
     assert resident_bytes() - memory < 8 * 2**20
 
 
