@@ -45,8 +45,8 @@ def randn(*shape: int, seed: int, dtype: torch.dtype) -> Tensor:
 
 
 def units(dtype: torch.dtype, terms: int = 1) -> float:
-    """float64 has no wider truth: sums in another order differ by their own rounding. Long sums in order err by more than
-    eager torch's, which are trees."""
+    """float64 has no wider truth: sums in another order differ by their own rounding. Long sums in order of k err by more
+    than eager torch's, which are trees."""
     return 64 if dtype == torch.float64 else max(2, terms / 16)
 
 
