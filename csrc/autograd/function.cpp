@@ -1,6 +1,6 @@
 #include "function.h"
 
-#include <torch/csrc/autograd/functions/basic_ops.h>
+#include <torch/csrc/autograd/functions/utils.h>
 
 namespace fastmoe_cpp::autograd {
 namespace {
@@ -10,27 +10,37 @@ void run_below_autograd(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
 }
 
-bool any_requires_grad(const torch::jit::Stack& stack, size_t arguments) {
+// Stands where the gradient of a backward operator would be. Its edges lead to the arguments, so that whoever asks for
+// that gradient reaches it.
+struct Refusal : torch::autograd::Node {
+  explicit Refusal(std::string message) : message(std::move(message)) {}
+  variable_list apply(variable_list&&) override { TORCH_CHECK(false, message); }
+  std::string message;
+};
+
+variable_list arguments_that_require_grad(const torch::jit::Stack& stack, size_t arguments) {
+  variable_list tensors;
   for (size_t i = stack.size() - arguments; i < stack.size(); ++i)
-    if (stack[i].isTensor() && stack[i].toTensor().defined() && stack[i].toTensor().requires_grad()) return true;
-  return false;
+    if (stack[i].isTensor() && stack[i].toTensor().defined() && stack[i].toTensor().requires_grad())
+      tensors.push_back(stack[i].toTensor());
+  return tensors;
 }
 
 }  // namespace
 
 void refuse_double_backward(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
-  const bool asked = at::GradMode::is_enabled() && any_requires_grad(*stack, schema.arguments().size());
+  variable_list asking;
+  if (at::GradMode::is_enabled()) asking = arguments_that_require_grad(*stack, schema.arguments().size());
   run_below_autograd(op, keys, stack);
-  if (!asked) return;
-  const auto message = schema.name() + " has no gradient of its own: differentiate through this layer once";
+  if (asking.empty()) return;
+  const std::shared_ptr<torch::autograd::Node> refusal(
+      new Refusal(schema.name() + " has no gradient of its own: differentiate through this layer once"),
+      torch::autograd::deleteNode);
+  refusal->set_next_edges(torch::autograd::collect_next_edges(asking));
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); ++i) {
-    Tensor grad = (*stack)[i].toTensor();
-    if (!grad.defined() || !grad.is_floating_point()) continue;
-    grad = grad.detach();
-    grad.requires_grad_(true);  // DelayedError passes through what needs no gradient
-    auto error = std::make_shared<torch::autograd::DelayedError>(message, 1);
-    (*stack)[i] = (*error)({grad})[0];
+    const Tensor grad = (*stack)[i].toTensor();
+    if (grad.defined() && grad.is_floating_point()) torch::autograd::set_history(grad, refusal);
   }
 }
 
