@@ -10,21 +10,24 @@ cudaError_t run_act_grad(const ActGradParams& p, float* partial, cudaStream_t st
   Arguments<G> args = arguments<G>(shape, p.plan);
   FASTMOE_RETURN_IF_ERROR(encode(&args.b_map, down_view(shape, p.down), 64));
   FASTMOE_RETURN_IF_ERROR(
-      encode(&args.input_map, slots_view(shape, p.pre_activation, shape.intermediate, is_gated(shape.activation) ? 2 : 1), 64));
+      encode(&args.input_map,
+             slots_view(shape, p.pre_activation, shape.intermediate, is_gated(shape.activation) ? 2 : 1), 64));
   args.gathered = p.grad_output;
   args.gathered_columns = shape.hidden;
   args.k_size = static_cast<int>(shape.hidden);
   args.n_size = static_cast<int>(shape.intermediate);
   args.n_tiles = static_cast<int>(ceil_div(shape.intermediate, G::kN));
-  args.epilogue = {p.grad_pre, p.scaled_act, partial, shape.weight_on_input ? nullptr : p.plan.weights,
-                   shape.slots(), args.n_size, shape.activation, shape.alpha, shape.limit};
+  args.epilogue = {p.grad_pre,    p.scaled_act, partial,          shape.weight_on_input ? nullptr : p.plan.weights,
+                   shape.slots(), args.n_size,  shape.activation, shape.alpha,
+                   shape.limit};
   return launch<G>(args, shape.slots(), stream);
 }
 
 template <typename T, bool kGated, bool kSwiGLU>
 cudaError_t tile_act_grad(const ActGradParams& p, float* partial, cudaStream_t stream) {
   using Epilogue = ActGradEpilogue<kGated, kSwiGLU>;
-  return run_act_grad<Gemm<T, Load::gathered_rows, Load::columns, true, 1, 256, 1, false, Epilogue>>(p, partial, stream);
+  return run_act_grad<Gemm<T, Load::gathered_rows, Load::columns, true, 1, 256, 1, false, Epilogue>>(p, partial,
+                                                                                                     stream);
 }
 
 template <typename T>

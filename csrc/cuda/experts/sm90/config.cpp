@@ -20,22 +20,17 @@ Tiling choose(Product product, const ExpertShape& shape) {
   if (forced_tiling >= 0 && product != Product::act_grad) return static_cast<Tiling>(forced_tiling);
 #endif
   switch (product) {
-    case Product::up:
-      return rows_an_expert(shape) <= 32 ? Tiling::narrow : Tiling::cooperative;
+    case Product::up: return rows_an_expert(shape) <= 32 ? Tiling::narrow : Tiling::cooperative;
     case Product::down:
       if (rows_an_expert(shape) <= 32) return Tiling::narrow;
       return shape.intermediate <= 1024 ? Tiling::wide : Tiling::cooperative;
-    case Product::input_grad:
-      return shape.intermediate <= 256 ? Tiling::wide : Tiling::cooperative;
-    default:
-      return Tiling::cooperative;
+    case Product::input_grad: return shape.intermediate <= 256 ? Tiling::wide : Tiling::cooperative;
+    default: return Tiling::cooperative;
   }
 }
 
 const char* name_of(Product product) {
-  constexpr const char* kNames[] = {"up",         "down",
-                                    "act_grad",   "input_grad",
-                                    "gate_up_weight_grad", "down_weight_grad"};
+  constexpr const char* kNames[] = {"up", "down", "act_grad", "input_grad", "gate_up_weight_grad", "down_weight_grad"};
   return kNames[static_cast<int>(product)];
 }
 
@@ -53,8 +48,8 @@ Configuration configure(Product product, const ExpertShape& shape) {
 std::string explain(Product product, const ExpertShape& shape) {
   constexpr const char* kTilings[] = {"ping-pong", "ping-pong", "ping-pong", "cooperative"};
   const Configuration c = configure(product, shape);
-  return std::string(name_of(product)) + ": " + std::to_string(c.tile_rows) + "x" + std::to_string(c.tile_columns) + " " +
-         kTilings[static_cast<int>(c.tiling)] + ", " + std::to_string(rows_an_expert(shape)) + " rows an expert";
+  return std::string(name_of(product)) + ": " + std::to_string(c.tile_rows) + "x" + std::to_string(c.tile_columns) +
+         " " + kTilings[static_cast<int>(c.tiling)] + ", " + std::to_string(rows_an_expert(shape)) + " rows an expert";
 }
 
 }  // namespace fastmoe_cpp::cuda::sm90

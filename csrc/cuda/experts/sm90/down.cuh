@@ -28,8 +28,7 @@ cudaError_t launch_down(const DownParams& p, cudaStream_t stream) {
 #endif
     case Tiling::cooperative:
       return run_down<Gemm<T, Load::rows, Load::rows, true, 1, 256, 1, false, RowsEpilogue>>(p, stream);
-    default:
-      return run_down<Gemm<T, Load::rows, Load::rows, false, 2, 192, 1, false, RowsEpilogue>>(p, stream);
+    default: return run_down<Gemm<T, Load::rows, Load::rows, false, 2, 192, 1, false, RowsEpilogue>>(p, stream);
   }
 }
 

@@ -38,8 +38,8 @@ __device__ __forceinline__ float2 unpack(uint32_t word) {
   }
 }
 
-// An accumulator's bits. The compiler sees no plain cast here: it would carry the accumulators as integers through the main
-// loop, and the moves would make the wgmmas wait for each other.
+// An accumulator's bits. The compiler sees no plain cast here: it would carry the accumulators as integers through the
+// main loop, and the moves would make the wgmmas wait for each other.
 __device__ __forceinline__ uint32_t bits_of(float accumulator) {
   uint32_t bits;
   asm("mov.b32 %0, %1;" : "=r"(bits) : "f"(accumulator));
@@ -65,7 +65,8 @@ __device__ __forceinline__ float value_of(float gate, float up, float alpha, flo
 }
 
 template <Activation kActivation>
-__device__ __forceinline__ ActivationGrad<float> gradient_of(float gate, float up, float grad, float alpha, float limit) {
+__device__ __forceinline__ ActivationGrad<float> gradient_of(float gate, float up, float grad, float alpha,
+                                                             float limit) {
   if constexpr (kActivation == Activation::SwiGLU) {
     const float s = fast_sigmoid(gate), value = gate * s;
     return {value * up, grad * up * (s + value * (1.0f - s)), grad * value};
@@ -76,7 +77,8 @@ __device__ __forceinline__ ActivationGrad<float> gradient_of(float gate, float u
 template <Activation kActivation>
 using ActivationTag = std::integral_constant<Activation, kActivation>;
 
-// Runs body(ActivationTag<A>) for the activation at hand; swiglu alone where kSwiGLU, so that the common kernel is small.
+// Runs body(ActivationTag<A>) for the activation at hand; swiglu alone where kSwiGLU, so that the common kernel is
+// small.
 template <bool kGated, bool kSwiGLU, class Body>
 __device__ __forceinline__ void with_activation(Activation activation, Body&& body) {
   if constexpr (kSwiGLU) {
@@ -106,8 +108,8 @@ __device__ __forceinline__ int row_of(int first_row, int m, int h) {
 
 // Packs 32 columns of one row half and stores them; `row` points to the group's first column.
 template <typename T, int kCount>
-__device__ __forceinline__ void store_group(const float (&accumulators)[kCount], int block, int h, T* row, int column, int columns,
-                                            bool valid) {
+__device__ __forceinline__ void store_group(const float (&accumulators)[kCount], int block, int h, T* row, int column,
+                                            int columns, bool valid) {
   uint32_t v[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -210,12 +212,14 @@ struct UpEpilogue {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const int gate = 4 * (b + i) + 2 * h, up = kGated ? gate + kColumns / 2 : gate;
-              v[i] = pack<T>(
-                  value_of<kActivation>(accumulators[m][gate], accumulators[m][up], params.alpha, params.limit),
-                  value_of<kActivation>(accumulators[m][gate + 1], accumulators[m][up + 1], params.alpha, params.limit));
+              v[i] =
+                  pack<T>(value_of<kActivation>(accumulators[m][gate], accumulators[m][up], params.alpha, params.limit),
+                          value_of<kActivation>(accumulators[m][gate + 1], accumulators[m][up + 1], params.alpha,
+                                                params.limit));
             }
             transpose_quad(v);
-            if (params.act != nullptr && row < tile.rows && c + quad * 8 < intermediate) store_16(act + b * 8 + quad * 8, v);
+            if (params.act != nullptr && row < tile.rows && c + quad * 8 < intermediate)
+              store_16(act + b * 8 + quad * 8, v);
           }
         }
       }
@@ -242,7 +246,8 @@ struct UpEpilogue {
   }
 
   template <class G>
-  __device__ static void add_bias(const Arguments<G>& args, const Tile& tile, float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+  __device__ static void add_bias(const Arguments<G>& args, const Tile& tile,
+                                  float (&accumulators)[G::kBlocksM][G::kN / 2]) {
     using T = typename G::T;
     const Params& params = args.epilogue;
     constexpr int kColumns = kGated ? G::kN / 2 : G::kN;
@@ -252,7 +257,8 @@ struct UpEpilogue {
     for (int b = 0; b < G::kN / 8; ++b) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const int half = b / (kColumns / 8), c = tile.n * kColumns + 8 * (b % (kColumns / 8)) + 2 * (threadIdx.x & 3) + i;
+        const int half = b / (kColumns / 8),
+                  c = tile.n * kColumns + 8 * (b % (kColumns / 8)) + 2 * (threadIdx.x & 3) + i;
         const int index = kGated && params.interleaved ? 2 * c + half : half * params.intermediate + c;
         const float add = c < params.intermediate ? static_cast<float>(bias[index]) : 0.0f;
 #pragma unroll
@@ -265,14 +271,15 @@ struct UpEpilogue {
   }
 };
 
-// dA = accumulators: takes the pre-activation from the ring's stages that follow the tile's own, recomputes A, writes f'(pre) * w * dA, w * A, and the tile's share of <dA, A>.
+// dA = accumulators: takes the pre-activation from the ring's stages that follow the tile's own, recomputes A, writes
+// f'(pre) * w * dA, w * A, and the tile's share of <dA, A>.
 template <bool kGated, bool kSwiGLU>
 struct ActGradEpilogue {
   static constexpr int kInputHalves = kGated ? 2 : 1;
   struct Params {
-    void *grad_pre, *scaled_act; // [P, up_rows], [P, I]; or null
-    float* partial;              // [n_tiles, P] or null
-    const float* scale;          // routing weights [T, K], or null
+    void *grad_pre, *scaled_act;  // [P, up_rows], [P, I]; or null
+    float* partial;               // [n_tiles, P] or null
+    const float* scale;           // routing weights [T, K], or null
     int64_t slots;
     int intermediate;
     Activation activation;
@@ -371,7 +378,7 @@ struct ActGradEpilogue {
 struct WeightGradEpilogue {
   static constexpr int kInputHalves = 0;
   struct Params {
-    void* grad;        // [E, rows, columns]
+    void* grad;  // [E, rows, columns]
     int rows, columns;
     bool interleaved;  // rows alternate between the two halves
   };

@@ -23,7 +23,7 @@ cudaError_t encode(CUtensorMap* map, const MatrixView& view, int box_rows);
 inline MatrixView gate_up_view(const ExpertShape& shape, const void* weight) {
   const int64_t h = shape.hidden, i = shape.intermediate;
   if (!is_gated(shape.activation)) return {weight, shape.dtype, h, i, 1, shape.experts, h, h, i * h};
-  return {weight,      shape.dtype,   h, i, 2, shape.experts, shape.interleaved ? 2 * h : h, shape.interleaved ? h : i * h,
+  return {weight,   shape.dtype, h, i, 2, shape.experts, shape.interleaved ? 2 * h : h, shape.interleaved ? h : i * h,
           2 * i * h};
 }
 inline MatrixView down_view(const ExpertShape& shape, const void* weight) {
@@ -59,7 +59,9 @@ template <class G>
 cudaError_t launch(const Arguments<G>& args, int64_t slots, cudaStream_t stream) {
   int device, multiprocessors;
   if (cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
-  if (cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device); e != cudaSuccess) return e;
+  if (cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+      e != cudaSuccess)
+    return e;
   const int shared = G::shared_bytes(args.experts);
   if (cudaError_t e = cudaFuncSetAttribute(grouped_gemm<G>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
       e != cudaSuccess) {

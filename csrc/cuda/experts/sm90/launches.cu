@@ -13,7 +13,8 @@ cudaError_t encode(CUtensorMap* map, const MatrixView& view, int box_rows) {
   static const auto function = [] {
     void* entry = nullptr;
     cudaDriverEntryPointQueryResult result;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result) != cudaSuccess ||
+    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &result) !=
+            cudaSuccess ||
         result != cudaDriverEntryPointSuccess) {
       entry = nullptr;
     }
@@ -23,21 +24,21 @@ cudaError_t encode(CUtensorMap* map, const MatrixView& view, int box_rows) {
   if (!is_aligned(view.data)) return cudaErrorMisalignedAddress;
   const cuuint64_t sizes[4] = {static_cast<cuuint64_t>(view.columns), static_cast<cuuint64_t>(view.rows),
                                static_cast<cuuint64_t>(view.halves), static_cast<cuuint64_t>(view.experts)};
-  const cuuint64_t strides[3] = {static_cast<cuuint64_t>(view.row_stride * 2), static_cast<cuuint64_t>(view.half_stride * 2),
+  const cuuint64_t strides[3] = {static_cast<cuuint64_t>(view.row_stride * 2),
+                                 static_cast<cuuint64_t>(view.half_stride * 2),
                                  static_cast<cuuint64_t>(view.expert_stride * 2)};
   const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult result = function(
-      map, view.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-      const_cast<void*>(view.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      function(map, view.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
+               const_cast<void*>(view.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 bool supports(const ExpertShape& shape) {
   return (shape.dtype == DType::bf16 || shape.dtype == DType::f16) && shape.hidden > 0 && shape.intermediate > 0 &&
-         shape.hidden % 8 == 0 && shape.intermediate % 8 == 0 && shape.experts <= 1024 &&
-         shape.hidden < (1 << 30) && shape.intermediate < (1 << 29) &&
-         shape.tokens * (shape.hidden / 8) < int64_t{1} << 32;
+         shape.hidden % 8 == 0 && shape.intermediate % 8 == 0 && shape.experts <= 1024 && shape.hidden < (1 << 30) &&
+         shape.intermediate < (1 << 29) && shape.tokens * (shape.hidden / 8) < int64_t{1} << 32;
 }
 
 namespace {
@@ -108,8 +109,8 @@ cudaError_t gate_up_weight_grad(const WeightGradParams& p, cudaStream_t stream) 
     using T = decltype(zero);
     if (p.grad != nullptr) FASTMOE_RETURN_IF_ERROR(launch_gate_up_weight_grad<T>(p, stream));
     if (p.grad_bias == nullptr) return cudaSuccess;
-    return launch_bias_grad<T>(p.shape, p.plan, p.left, rows, false, nullptr, p.shape.interleaved && is_gated(p.shape.activation),
-                               p.grad_bias, stream);
+    return launch_bias_grad<T>(p.shape, p.plan, p.left, rows, false, nullptr,
+                               p.shape.interleaved && is_gated(p.shape.activation), p.grad_bias, stream);
   });
 }
 

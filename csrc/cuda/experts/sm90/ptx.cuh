@@ -68,10 +68,11 @@ __device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
 // Copies into shared memory
 
 // Box of a 4-D tensor map at (column, row, half, expert); elements outside the tensor arrive as zeros.
-__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int column, int row,
-                                         int half, int expert) {
+__device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap* map, uint32_t barrier, int column,
+                                         int row, int half, int expert) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];" ::
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::
           "r"(destination),
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(half), "r"(expert)
       : "memory");
@@ -83,7 +84,8 @@ __device__ __forceinline__ void tma_prefetch_descriptor(const CUtensorMap* map) 
 
 // 16 bytes; zeros where `valid` is false (the source is then not read).
 __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* source, bool valid) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source), "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(destination), "l"(source),
+               "r"(valid ? 16 : 0)
                : "memory");
 }
 
@@ -96,8 +98,8 @@ __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-// Orders ordinary and cp.async shared-memory writes that this thread made, or knows of through a barrier, before its later
-// reads and writes by wgmma and TMA.
+// Orders ordinary and cp.async shared-memory writes that this thread made, or knows of through a barrier, before its
+// later reads and writes by wgmma and TMA.
 __device__ __forceinline__ void proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ void load_shared_16(uint32_t (&v)[4], uint32_t address) {
@@ -108,7 +110,8 @@ __device__ __forceinline__ void load_shared_16(uint32_t (&v)[4], uint32_t addres
 }
 
 __device__ __forceinline__ void store_shared_16(uint32_t address, const uint32_t (&v)[4]) {
-  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
 }
 
 // Programmatic dependent launch: wait for the results of the kernel before; let the kernel after start its prologue.
@@ -157,30 +160,30 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, uint32_t
 #define FASTMOE_R0                                                                                                     \
   "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30," \
   "%31"
-#define FASTMOE_R32                                                                                                    \
-  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,"   \
+#define FASTMOE_R32                                                                                                  \
+  "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59," \
   "%60,%61,%62,%63"
-#define FASTMOE_R64                                                                                                    \
-  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,"   \
+#define FASTMOE_R64                                                                                                  \
+  "%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91," \
   "%92,%93,%94,%95"
-#define FASTMOE_R96                                                                                                    \
-  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118,"    \
+#define FASTMOE_R96                                                                                                 \
+  "%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,%117,%118," \
   "%119,%120,%121,%122,%123,%124,%125,%126,%127"
 
 // One instruction; A_ B_ P_ X_ Y_ are the numbers of the operands after the accumulators.
-#define FASTMOE_WGMMA_ONE(TYPE, N_, REGISTERS, A_, B_, P_, X_, Y_, ...)                                         \
-  asm volatile(                                                                                               \
-      "{\n.reg .pred p;\nsetp.ne.b32 p, %" #P_ ", 0;\n"                                                       \
-      "wgmma.mma_async.sync.aligned.m64n" #N_ "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" #A_ ", %" #B_    \
-      ", p, 1, 1, %" #X_ ", %" #Y_ ";\n}"                                                                     \
-      : __VA_ARGS__                                                                                           \
-      : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
+#define FASTMOE_WGMMA_ONE(TYPE, N_, REGISTERS, A_, B_, P_, X_, Y_, ...)                                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P_                                                             \
+               ", 0;\n"                                                                                             \
+               "wgmma.mma_async.sync.aligned.m64n" #N_ "k16.f32." TYPE "." TYPE " {" REGISTERS "}, %" #A_ ", %" #B_ \
+               ", p, 1, 1, %" #X_ ", %" #Y_ ";\n}"                                                                  \
+               : __VA_ARGS__                                                                                        \
+               : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA), "n"(kTransposeB))
 
-#define FASTMOE_WGMMA(N_, REGISTERS, A_, B_, P_, X_, Y_, ...)                             \
-  if constexpr (std::is_same_v<T, __half>) {                                              \
-    FASTMOE_WGMMA_ONE("f16", N_, REGISTERS, A_, B_, P_, X_, Y_, __VA_ARGS__);             \
-  } else {                                                                                \
-    FASTMOE_WGMMA_ONE("bf16", N_, REGISTERS, A_, B_, P_, X_, Y_, __VA_ARGS__);            \
+#define FASTMOE_WGMMA(N_, REGISTERS, A_, B_, P_, X_, Y_, ...)                  \
+  if constexpr (std::is_same_v<T, __half>) {                                   \
+    FASTMOE_WGMMA_ONE("f16", N_, REGISTERS, A_, B_, P_, X_, Y_, __VA_ARGS__);  \
+  } else {                                                                     \
+    FASTMOE_WGMMA_ONE("bf16", N_, REGISTERS, A_, B_, P_, X_, Y_, __VA_ARGS__); \
   }
 
 // d [64, kN] (+)= A [64, 16] @ B [16, kN], both in shared memory; transpose 0: K-major, 1: MN-major.

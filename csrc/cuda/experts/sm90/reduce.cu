@@ -29,8 +29,8 @@ __device__ __forceinline__ int expert_of(const int32_t* expert_offsets, int expe
 }
 
 // A thread a slot.
-__global__ void sum_partials(const float* partial, int n_tiles, int64_t slots, const int32_t* expert_offsets, int experts,
-                             float* grad_weight) {
+__global__ void sum_partials(const float* partial, int n_tiles, int64_t slots, const int32_t* expert_offsets,
+                             int experts, float* grad_weight) {
   const int64_t slot = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (slot >= slots) return;
   float sum = 0;
@@ -42,8 +42,9 @@ __global__ void sum_partials(const float* partial, int n_tiles, int64_t slots, c
 
 // A warp a slot.
 template <typename T>
-__global__ void add_bias_dot(const T* grad_output, const T* bias, const int32_t* slot_index, const int32_t* expert_offsets,
-                             int experts, int top_k, int64_t hidden, int64_t slots, float* grad_weight) {
+__global__ void add_bias_dot(const T* grad_output, const T* bias, const int32_t* slot_index,
+                             const int32_t* expert_offsets, int experts, int top_k, int64_t hidden, int64_t slots,
+                             float* grad_weight) {
   const int64_t slot = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
   if (slot >= slots || slot >= expert_offsets[experts]) return;
   const int expert = expert_of(expert_offsets, experts, static_cast<int>(slot)), lane = threadIdx.x & 31;
@@ -58,9 +59,9 @@ __global__ void add_bias_dot(const T* grad_output, const T* bias, const int32_t*
 
 // Block: an expert and 256 columns; 32 threads across (8 columns each) by 8 down.
 template <typename T>
-__global__ void __launch_bounds__(256) sum_rows(const T* left, const int32_t* slot_index, const int32_t* expert_offsets,
-                                                const float* scale, bool gathered, int top_k, int64_t columns,
-                                                bool interleaved, T* grad_bias) {
+__global__ void __launch_bounds__(256)
+    sum_rows(const T* left, const int32_t* slot_index, const int32_t* expert_offsets, const float* scale, bool gathered,
+             int top_k, int64_t columns, bool interleaved, T* grad_bias) {
   __shared__ float sums[8][256];
   const int lane = threadIdx.x & 31, part = threadIdx.x >> 5, expert = blockIdx.y;
   const int64_t column = blockIdx.x * 256 + lane * 8;
@@ -88,29 +89,30 @@ __global__ void __launch_bounds__(256) sum_rows(const T* left, const int32_t* sl
 template <typename T>
 cudaError_t launch_weight_dot(const ActGradParams& p, const float* partial, int n_tiles, cudaStream_t stream) {
   const int64_t slots = p.shape.slots();
-  sum_partials<<<static_cast<unsigned>((slots + 255) / 256), 256, 0, stream>>>(partial, n_tiles, slots, p.plan.expert_offsets,
-                                                                              p.shape.experts, p.grad_weight);
+  sum_partials<<<static_cast<unsigned>((slots + 255) / 256), 256, 0, stream>>>(
+      partial, n_tiles, slots, p.plan.expert_offsets, p.shape.experts, p.grad_weight);
   if (p.down_bias != nullptr) {
     add_bias_dot<T><<<static_cast<unsigned>((slots + 7) / 8), 256, 0, stream>>>(
-        static_cast<const T*>(p.grad_output), static_cast<const T*>(p.down_bias), p.plan.slot_index, p.plan.expert_offsets,
-        p.shape.experts, p.shape.top_k, p.shape.hidden, slots, p.grad_weight);
+        static_cast<const T*>(p.grad_output), static_cast<const T*>(p.down_bias), p.plan.slot_index,
+        p.plan.expert_offsets, p.shape.experts, p.shape.top_k, p.shape.hidden, slots, p.grad_weight);
   }
   return cudaGetLastError();
 }
 
 template <typename T>
-cudaError_t launch_bias_grad(const ExpertShape& shape, const Plan& plan, const void* left, int64_t columns, bool gathered,
-                             const float* scale, bool interleaved, void* grad_bias, cudaStream_t stream) {
+cudaError_t launch_bias_grad(const ExpertShape& shape, const Plan& plan, const void* left, int64_t columns,
+                             bool gathered, const float* scale, bool interleaved, void* grad_bias,
+                             cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((columns + 255) / 256), shape.experts);
-  sum_rows<T><<<grid, 256, 0, stream>>>(static_cast<const T*>(left), plan.slot_index, plan.expert_offsets, scale, gathered,
-                                        shape.top_k, columns, interleaved, static_cast<T*>(grad_bias));
+  sum_rows<T><<<grid, 256, 0, stream>>>(static_cast<const T*>(left), plan.slot_index, plan.expert_offsets, scale,
+                                        gathered, shape.top_k, columns, interleaved, static_cast<T*>(grad_bias));
   return cudaGetLastError();
 }
 
-#define FASTMOE_INSTANTIATE(T)                                                                                   \
-  template cudaError_t launch_weight_dot<T>(const ActGradParams&, const float*, int, cudaStream_t);              \
-  template cudaError_t launch_bias_grad<T>(const ExpertShape&, const Plan&, const void*, int64_t, bool, const float*, bool, \
-                                           void*, cudaStream_t);
+#define FASTMOE_INSTANTIATE(T)                                                                                        \
+  template cudaError_t launch_weight_dot<T>(const ActGradParams&, const float*, int, cudaStream_t);                   \
+  template cudaError_t launch_bias_grad<T>(const ExpertShape&, const Plan&, const void*, int64_t, bool, const float*, \
+                                           bool, void*, cudaStream_t);
 FASTMOE_INSTANTIATE(__nv_bfloat16)
 FASTMOE_INSTANTIATE(__half)
 

@@ -23,8 +23,8 @@ struct Schedule {
 
   static __host__ __device__ constexpr int shared_bytes(int experts) { return (2 * (experts + 1) + 16) * 4; }
 
-  // Called by every thread of the block; ends with a block barrier. kRowTile 0: weight gradients, with m_tiles x n_tiles
-  // tiles an expert; otherwise tiles of kRowTile slots by n_tiles.
+  // Called by every thread of the block; ends with a block barrier. kRowTile 0: weight gradients, with m_tiles x
+  // n_tiles tiles an expert; otherwise tiles of kRowTile slots by n_tiles.
   template <int kRowTile, int kThreads>
   __device__ static Schedule build(int* shared, const int32_t* expert_offsets, int experts, int m_tiles, int n_tiles) {
     constexpr int kPerThread = (1024 + kThreads - 1) / kThreads;
@@ -39,7 +39,8 @@ struct Schedule {
         const int begin = expert_offsets[expert], end = expert_offsets[expert + 1];
         offsets[expert] = begin;
         if (expert == experts - 1) offsets[experts] = end;
-        count[i] = kRowTile == 0 ? m_tiles * n_tiles : (end - begin + kRowTile - 1) / (kRowTile == 0 ? 1 : kRowTile) * n_tiles;
+        count[i] =
+            kRowTile == 0 ? m_tiles * n_tiles : (end - begin + kRowTile - 1) / (kRowTile == 0 ? 1 : kRowTile) * n_tiles;
       }
       sum += count[i];
     }
@@ -80,7 +81,8 @@ struct Schedule {
       // The last expert whose first tile is not past `index`, in two steps of 32.
       const int chunk = (experts + 31) / 32;
       int probe = lane * chunk;
-      const int upper = __popc(__ballot_sync(0xFFFFFFFF, probe < experts && tiles_before[min(probe, experts)] <= index)) - 1;
+      const int upper =
+          __popc(__ballot_sync(0xFFFFFFFF, probe < experts && tiles_before[min(probe, experts)] <= index)) - 1;
       probe = upper * chunk + lane;
       const bool before = lane < chunk && probe < experts && tiles_before[min(probe, experts)] <= index;
       tile.expert = upper * chunk + __popc(__ballot_sync(0xFFFFFFFF, before)) - 1;

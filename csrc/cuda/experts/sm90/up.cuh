@@ -14,8 +14,11 @@ cudaError_t run_up(const UpParams& p, cudaStream_t stream) {
   args.k_size = static_cast<int>(shape.hidden);
   args.n_size = static_cast<int>(shape.intermediate);
   args.n_tiles = static_cast<int>(ceil_div(shape.intermediate, G::kN / G::kHalves));
-  args.epilogue = {p.pre_activation, p.act, p.gate_up_bias, shape.weight_on_input ? p.plan.weights : nullptr,
-                   args.n_size, shape.interleaved, shape.activation, shape.alpha, shape.limit};
+  args.epilogue = {p.pre_activation, p.act,
+                   p.gate_up_bias,   shape.weight_on_input ? p.plan.weights : nullptr,
+                   args.n_size,      shape.interleaved,
+                   shape.activation, shape.alpha,
+                   shape.limit};
   return launch<G>(args, shape.slots(), stream);
 }
 
@@ -26,8 +29,7 @@ cudaError_t tile_up(const UpParams& p, cudaStream_t stream) {
   switch (configure(Product::up, p.shape).tiling) {
     case Tiling::narrow:
       return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 1, 64, kHalves, false, Epilogue>>(p, stream);
-    default:
-      return run_up<Gemm<T, Load::gathered_rows, Load::rows, true, 1, 256, kHalves, false, Epilogue>>(p, stream);
+    default: return run_up<Gemm<T, Load::gathered_rows, Load::rows, true, 1, 256, kHalves, false, Epilogue>>(p, stream);
   }
 }
 

@@ -5,8 +5,8 @@
 namespace fastmoe_cpp::cuda::sm90 {
 
 template <class G>
-cudaError_t run_weight_grad(const WeightGradParams& p, Arguments<G>& args, int64_t rows, int64_t columns, bool interleaved,
-                            cudaStream_t stream) {
+cudaError_t run_weight_grad(const WeightGradParams& p, Arguments<G>& args, int64_t rows, int64_t columns,
+                            bool interleaved, cudaStream_t stream) {
   args.m_size = static_cast<int>(rows);
   args.n_size = static_cast<int>(columns);
   args.m_tiles = static_cast<int>(ceil_div(rows, G::kM));
@@ -24,7 +24,8 @@ cudaError_t launch_gate_up_weight_grad(const WeightGradParams& p, cudaStream_t s
   args.gathered = p.right;
   args.gathered_columns = shape.hidden;
   args.slot_scale = shape.weight_on_input ? p.plan.weights : nullptr;
-  return run_weight_grad(p, args, shape.up_rows(), shape.hidden, is_gated(shape.activation) && shape.interleaved, stream);
+  return run_weight_grad(p, args, shape.up_rows(), shape.hidden, is_gated(shape.activation) && shape.interleaved,
+                         stream);
 }
 
 template <typename T>

@@ -1,0 +1,255 @@
+// The producers: what fills the stages.
+#pragma once
+#include "traits.cuh"
+
+namespace fastmoe_cpp::cuda::sm90 {
+
+template <class G>
+__device__ __forceinline__ void load_by_tma(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a,
+                                            uint32_t b, uint32_t full) {
+  // Contraction position: weight gradients count slots; others a column of one of the halves.
+  int half = 0, k = k_block * kBlockK;
+  if constexpr (!G::kWeightGrad) {
+    const int blocks_a_half = (args.k_size + kBlockK - 1) / kBlockK;
+    half = k_block >= blocks_a_half;
+    k -= half * blocks_a_half * kBlockK;
+  }
+  const bool second_block = G::kM == 64 ? false : (G::kWeightGrad || tile.rows > 64);
+  constexpr int kABox = is_gathered(G::kA) ? 0 : kBoxBytes;
+  constexpr int kBBytes = is_gathered(G::kB) ? 0 : G::kBBytes;
+  ptx::barrier_arrive_expect(full, kABox * (second_block ? 2 : 1) + kBBytes);
+  if constexpr (G::kA == Load::rows) {
+    ptx::tma_load(a, &args.a_map, full, k, tile.first, half, 0);
+    if (second_block) ptx::tma_load(a + kBoxBytes, &args.a_map, full, k, tile.first + 64, half, 0);
+  } else if constexpr (G::kA == Load::columns) {
+    static_assert(G::kWeightGrad);
+#pragma unroll
+    for (int i = 0; i < G::kM / 64; ++i) {
+      ptx::tma_load(a + i * kBoxBytes, &args.a_map, full, tile.m * G::kM + i * 64, tile.first + k, 0, 0);
+    }
+  }
+  if constexpr (G::kB == Load::rows) {
+    constexpr int kBoxRows = G::kN / G::kHalves;
+#pragma unroll
+    for (int i = 0; i < G::kHalves; ++i) {
+      ptx::tma_load(b + i * kBoxRows * 128, &args.b_map, full, k, tile.n * kBoxRows, i, tile.expert);
+    }
+  } else if constexpr (G::kB == Load::columns) {
+#pragma unroll
+    for (int i = 0; i < G::kN / 64; ++i) {
+      if constexpr (G::kWeightGrad) {
+        ptx::tma_load(b + i * kBoxBytes, &args.b_map, full, tile.n * G::kN + i * 64, tile.first + k, 0, 0);
+      } else {
+        ptx::tma_load(b + i * kBoxBytes, &args.b_map, full, tile.n * G::kN + i * 64, k, half, tile.expert);
+      }
+    }
+  }
+}
+
+template <class G>
+__device__ __forceinline__ void load_input(const Arguments<G>& args, const Tile& tile, int block, uint32_t stage,
+                                           uint32_t full) {
+  constexpr int kHalves = G::Epilogue::kInputHalves;
+  static_assert(kHalves * G::kM * 128 <= G::kStageBytes);
+  const int boxes = G::kM > 64 && tile.rows > 64 ? 2 : 1;
+  ptx::barrier_arrive_expect(full, kHalves * boxes * kBoxBytes);
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    for (int i = 0; i < boxes; ++i) {
+      ptx::tma_load(stage + half * G::kM * 128 + i * kBoxBytes, &args.input_map, full, tile.n * G::kN + block * 64,
+                    tile.first + i * 64, half, 0);
+    }
+  }
+}
+
+// In both gathers, thread -> one 16-byte chunk (thread % 8) of a 128-byte segment of rows thread / 8 + kRowsACopy i.
+// Producers are bound by their own instructions: pointers are kept across stages, and full tiles take a path without
+// predicates.
+
+// Gathers rows of A. Rows past the tile reach only output rows that nobody stores; the contraction's tail is zeros.
+template <class G>
+struct RowGather {
+  using T = typename G::T;
+  static constexpr int kRows = G::kM / G::kRowsACopy;
+  int pairs[kRows];         // of the tile to come, fetched while the present one runs
+  uint32_t offsets[kRows];  // in units of 8 elements
+  uint32_t rows_inside;
+  const uint4* base;  // moves along the contraction
+
+  __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) {
+    const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      pairs[i] = row + G::kRowsACopy * i < tile.rows ? args.slot_index[tile.first + row + G::kRowsACopy * i] : -1;
+    }
+  }
+  __device__ __forceinline__ void begin(const Arguments<G>& args) {
+    base = static_cast<const uint4*>(args.gathered) + (threadIdx.x & 7);
+    rows_inside = 0;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      offsets[i] =
+          static_cast<uint32_t>(args.token_of(max(pairs[i], 0))) * static_cast<uint32_t>(args.gathered_columns >> 3);
+      rows_inside |= static_cast<uint32_t>(pairs[i] >= 0) << i;
+    }
+  }
+  __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t) {
+    const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
+    const uint32_t destination = a + row * 128 + ((chunk ^ (row & 7)) << 4);
+    if (tile.rows == G::kM && (k_block + 1) * kBlockK <= args.k_size) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) ptx::copy_async_16(destination + i * G::kRowsACopy * 128, base + offsets[i]);
+    } else {
+      const bool inside = k_block * kBlockK + chunk * 8 < args.k_size;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+        if (rows_inside >> i & 1) {
+          ptx::copy_async_16(destination + i * G::kRowsACopy * 128,
+                             inside ? base + offsets[i] : static_cast<const uint4*>(args.gathered), inside);
+        }
+      }
+    }
+    base += kBlockK / 8;
+  }
+};
+
+// Gathers the contraction's rows, MN-major: 64 slots, kColumns columns of their tokens. Slots past the expert's end are
+// zeros.
+template <class G>
+struct ColumnGather {
+  using T = typename G::T;
+  static constexpr int kColumns = G::kA == Load::gathered_columns ? G::kM : G::kN;
+  static constexpr int kRows = kBlockK / G::kRowsACopy;
+  int pairs[kRows];  // of the k block to come
+
+  __device__ __forceinline__ void fetch_block(const Arguments<G>& args, const Tile& tile, int k_block) {
+    const int slot = k_block * kBlockK + ((threadIdx.x & (G::kGatherThreads - 1)) >> 3);
+#pragma unroll
+    for (int i = 0; i < kRows; ++i)
+      pairs[i] = slot + G::kRowsACopy * i < tile.rows ? args.slot_index[tile.first + slot + G::kRowsACopy * i] : -1;
+  }
+  __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) { fetch_block(args, tile, 0); }
+  __device__ __forceinline__ void begin(const Arguments<G>&) {}
+  __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a,
+                                        uint32_t b) {
+    const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
+    const int first_column = (G::kA == Load::gathered_columns ? tile.m : tile.n) * kColumns,
+              column = first_column + chunk * 8;
+    const uint32_t destination = (G::kA == Load::gathered_columns ? a : b) + row * 128 + ((chunk ^ (row & 7)) << 4);
+    const T* sources[kRows];
+    bool valid[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      sources[i] = static_cast<const T*>(args.gathered) + column +
+                   static_cast<int64_t>(args.token_of(max(pairs[i], 0))) * args.gathered_columns;
+      valid[i] = pairs[i] >= 0;
+    }
+    fetch_block(args, tile, k_block + 1);
+    if ((k_block + 1) * kBlockK <= tile.rows && first_column + kColumns <= args.gathered_columns) {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int box = 0; box < kColumns / 64; ++box) {
+          ptx::copy_async_16(destination + i * G::kRowsACopy * 128 + box * kBoxBytes, sources[i] + box * 64);
+        }
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) {
+#pragma unroll
+        for (int box = 0; box < kColumns / 64; ++box) {
+          const bool inside = valid[i] && column + box * 64 < args.gathered_columns;
+          ptx::copy_async_16(destination + i * G::kRowsACopy * 128 + box * kBoxBytes,
+                             inside ? sources[i] + box * 64 : static_cast<const T*>(args.gathered), inside);
+        }
+      }
+    }
+  }
+};
+
+// One warp: everything that comes by TMA.
+template <class G>
+__device__ __forceinline__ void load_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
+  Position<G::kStages> position;
+  for (int index = blockIdx.x; index < schedule.total(args.experts); index += gridDim.x) {
+    const Tile tile = find_tile(args, schedule, index);
+    const int k_blocks = k_blocks_of(args, tile), blocks = k_blocks + input_blocks_of(args, tile);
+    if ((threadIdx.x & 31) == 0) {
+      for (int block = 0; block < blocks; ++block) {
+        const uint32_t stage = ring.stages + position.stage * G::kStageBytes, full = ring.full + position.stage * 8;
+        ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
+        if (G::Epilogue::kInputHalves == 0 || block < k_blocks) {
+          load_by_tma<G>(args, tile, block, stage, stage + G::kABytes, full);
+        } else {
+          if constexpr (G::Epilogue::kInputHalves > 0) load_input<G>(args, tile, block - k_blocks, stage, full);
+        }
+        position.advance();
+      }
+    }
+    __syncwarp();
+  }
+}
+
+// Two or four warps: gathered rows; the four load what comes by TMA as well.
+template <class G>
+__device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
+  std::conditional_t<is_mn_major(G::kA), ColumnGather<G>, RowGather<G>> gather;
+  Position<G::kStages> position;
+  int index = blockIdx.x;
+  if (index >= schedule.total(args.experts)) return;
+  Tile tile = find_tile(args, schedule, index);
+  gather.fetch(args, tile);
+  while (true) {
+    const int k_blocks = k_blocks_of(args, tile), next_index = index + gridDim.x;
+    const bool more = next_index < schedule.total(args.experts);
+    gather.begin(args);
+    const Tile next = more ? find_tile(args, schedule, next_index) : tile;
+    if (G::kA == Load::gathered_rows && more) gather.fetch(args, next);
+    for (int k_block = 0; k_block < k_blocks; ++k_block) {
+      const uint32_t a = ring.stages + position.stage * G::kStageBytes;
+      ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
+      if constexpr (!G::kPublishes) {
+        if ((threadIdx.x & 127) == 0)
+          load_by_tma<G>(args, tile, k_block, a, a + G::kABytes, ring.full + position.stage * 8);
+        __syncwarp();
+      }
+      gather.issue(args, tile, k_block, a, a + G::kABytes);
+      ptx::copy_async_arrive((G::kPublishes ? ring.landed : ring.full) + position.stage * 8);
+      position.advance();
+    }
+    const int input_blocks = input_blocks_of(args, tile);
+    for (int block = 0; block < input_blocks; ++block) {
+      ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
+      ptx::barrier_arrive(ring.landed + position.stage * 8);
+      position.advance();
+    }
+    if (!more) return;
+    tile = next;
+    index = next_index;
+    if (G::kA != Load::gathered_rows) gather.fetch(args, tile);
+  }
+}
+
+// One warp: hands gathered stages to the consumers. Gathered rows were written through the generic proxy and wgmma
+// reads through the async proxy, so a proxy fence must stand between. It also waits for whatever its thread has in
+// flight: on the gathering threads it would wait for later copies, on the consumers for wgmmas and stores. This warp
+// has nothing in flight.
+template <class G>
+__device__ __forceinline__ void publish_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
+  Position<G::kStages> position;
+  for (int index = blockIdx.x; index < schedule.total(args.experts); index += gridDim.x) {
+    const Tile tile = find_tile(args, schedule, index);
+    const int blocks = k_blocks_of(args, tile) + input_blocks_of(args, tile);
+    if ((threadIdx.x & 31) == 0) {
+      for (int block = 0; block < blocks; ++block) {
+        ptx::barrier_wait(ring.landed + position.stage * 8, position.phase);
+        ptx::proxy_fence();
+        ptx::barrier_arrive(ring.full + position.stage * 8);
+        position.advance();
+      }
+    }
+    __syncwarp();
+  }
+}
+
+}  // namespace fastmoe_cpp::cuda::sm90

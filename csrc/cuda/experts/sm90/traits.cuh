@@ -1,0 +1,112 @@
+// What describes one instantiation of the grouped GEMM, its arguments, and its ring of shared-memory stages.
+#pragma once
+#include "schedule.cuh"
+
+namespace fastmoe_cpp::cuda::sm90 {
+
+enum class Load {
+  rows,           // K-major by TMA
+  gathered_rows,  // K-major, one row of a token for each slot
+  columns,        // MN-major by TMA
+  gathered_columns,
+};
+__host__ __device__ constexpr bool is_gathered(Load load) {
+  return load == Load::gathered_rows || load == Load::gathered_columns;
+}
+__host__ __device__ constexpr bool is_mn_major(Load load) {
+  return load == Load::columns || load == Load::gathered_columns;
+}
+
+inline constexpr int kBlockK = 64;       // elements of the contraction a stage: one 128-byte swizzled row
+inline constexpr int kBoxBytes = 8192;   // 64 x 64 elements
+inline constexpr int kThreads = 384;     // two consumer warpgroups, then the producers' one
+inline constexpr int kOrderBarrier = 1;  // named barriers 1 and 2: whose main loop is next
+inline constexpr int kTransformBarrier = 3;
+
+// kWeightGrad: the contraction runs over an expert's slots and the output is [E, m_size, n_size]; otherwise the tile's
+// rows are slots. kHalves: halves of B's rows in a tile (a gate part, then an up part of the same columns).
+template <typename T_, Load kA_, Load kB_, bool kCooperative_, int kBlocksM_, int kN_, int kHalves_, bool kWeightGrad_,
+          class Epilogue_>
+struct Gemm {
+  using T = T_;
+  using Epilogue = Epilogue_;
+  static constexpr Load kA = kA_, kB = kB_;
+  static constexpr bool kCooperative = kCooperative_, kWeightGrad = kWeightGrad_;
+  static constexpr int kBlocksM = kBlocksM_;  // blocks of 64 rows a consumer warpgroup
+  static constexpr int kM = 64 * kBlocksM * (kCooperative ? 2 : 1), kN = kN_, kHalves = kHalves_;
+  static constexpr int kRowTile = kWeightGrad ? 0 : kM;
+  static constexpr int kABytes = kM * 128, kBBytes = kN * 128, kStageBytes = kABytes + kBBytes;
+  static constexpr int kStages = 204800 / kStageBytes > 12 ? 12 : 204800 / kStageBytes;
+  static constexpr bool kGathers = is_gathered(kA) || is_gathered(kB);
+  // Wide gathers (B's 256 columns) need all four producer warps, and consumers fence. Otherwise warps 0 and 1 gather,
+  // and a warp of its own publishes.
+  static constexpr bool kPublishes = kGathers && !is_gathered(kB);
+  static constexpr int kGatherThreads = kPublishes ? 64 : 128, kRowsACopy = kGatherThreads / 8;
+  // 504 for a thread of each warpgroup.
+  static constexpr int kProducerRegisters = !kGathers ? 40 : Epilogue::kInputHalves > 0 ? 104 : 88;
+  static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
+  static constexpr int shared_bytes(int experts) {
+    return 1024 + kStages * kStageBytes + 3 * kStages * 8 + Schedule::shared_bytes(experts);
+  }
+};
+
+template <class G>
+struct Arguments {
+  CUtensorMap a_map, b_map;  // of operands that come by TMA
+  CUtensorMap input_map;     // of the epilogue's input, where it has one: [halves][P][n_size]
+  const void* gathered;      // [T, gathered_columns]
+  const int32_t *slot_index, *expert_offsets;
+  const float* slot_scale;  // weight gradients: routing weight [T, K] that scales A's slots, or null
+  int64_t gathered_columns;
+  int experts;
+  uint32_t token_multiplier;  // pair / top_k = pair * multiplier >> 32 + shift; 0: top_k is 1
+  int token_shift;
+  int k_size, k_halves;  // contraction: k_halves parts of k_size (weight gradients: unused)
+  int m_size, n_size;    // columns of the output (of a half of it); m_size: weight gradients alone
+  int m_tiles, n_tiles;
+  typename G::Epilogue::Params epilogue;
+
+  __device__ __forceinline__ int token_of(int pair) const {
+    return token_multiplier == 0 ? pair : static_cast<int>(__umulhi(pair, token_multiplier) >> token_shift);
+  }
+};
+
+// Shared-memory addresses: the stages, and a barrier of each kind for every stage. `landed` counts gathering threads
+// whose copies have been written.
+struct Ring {
+  uint32_t stages, full, empty, landed;
+};
+
+template <int kStages>
+struct Position {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance() {
+    if (++stage == kStages) stage = 0, phase ^= 1;
+  }
+  __device__ __forceinline__ void skip(int count) {
+    const int next = stage + count;
+    stage = next % kStages;
+    phase ^= (next / kStages) & 1;
+  }
+};
+
+template <class G>
+__device__ __forceinline__ int k_blocks_of(const Arguments<G>& args, const Tile& tile) {
+  if constexpr (G::kWeightGrad) return (tile.rows + kBlockK - 1) / kBlockK;
+  return args.k_halves * ((args.k_size + kBlockK - 1) / kBlockK);
+}
+
+template <class G>
+__device__ __forceinline__ Tile find_tile(const Arguments<G>& args, const Schedule& schedule, int index) {
+  return schedule.find<G::kRowTile>(index, args.experts, args.m_tiles, args.n_tiles);
+}
+
+// Stages of 64 columns that follow the tile's own with the epilogue's input.
+template <class G>
+__device__ __forceinline__ int input_blocks_of(const Arguments<G>& args, const Tile& tile) {
+  if constexpr (G::Epilogue::kInputHalves == 0) return 0;
+  return min(G::kN / 64, (args.n_size - tile.n * G::kN + 63) / 64);
+}
+
+}  // namespace fastmoe_cpp::cuda::sm90
