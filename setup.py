@@ -30,6 +30,10 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 os.chdir(ROOT)
 LIBRARY = "fastmoe_cpp.libfastmoe_cpp"
+#: torch switches off CUDA's own operators and conversions of the 16-bit types; the kernels, which know no torch, use them.
+KEPT_OPERATORS = [
+    f"-U__CUDA_NO_{what}__" for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
+]
 #: What C++ users include. Every other header is ours to change.
 PUBLIC_HEADERS = ["fastmoe_cpp.h", *(f"ops/{op}.h" for op in ("router", "dispatch", "experts", "combine", "losses"))]
 PUBLIC_HEADERS += sorted(str(p.relative_to(ROOT / "csrc")) for p in ROOT.glob("csrc/nn/*.h"))
@@ -102,7 +106,7 @@ def extensions(cuda: bool) -> list:
     kind = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     # Python is often configured with -g, with which torch's headers take two and a half times as long to compile
     optimise = ["-O3", "-g0", "-fopenmp", "-fno-math-errno", "-Wall", "-Wno-unknown-pragmas"]
-    flags = {"cxx": optimise, "nvcc": ["-O3", "--expt-relaxed-constexpr", "-lineinfo"]}
+    flags = {"cxx": optimise, "nvcc": ["-O3", "--expt-relaxed-constexpr", "-lineinfo", *KEPT_OPERATORS]}
     headers = [str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in (".h", ".cuh")]
     library = kind(
         LIBRARY,
