@@ -38,9 +38,10 @@ struct Gemm {
   static constexpr int kABytes = kM * 128, kBBytes = kN * 128, kStageBytes = kABytes + kBBytes;
   static constexpr int kStages = 204800 / kStageBytes > 12 ? 12 : 204800 / kStageBytes;
   static constexpr bool kGathers = is_gathered(kA) || is_gathered(kB);
-  // Wide gathers (B's 256 columns) need all four producer warps, and consumers fence. Otherwise warps 0 and 1 gather,
-  // and a warp of its own publishes.
-  static constexpr bool kPublishes = kGathers && !is_gathered(kB);
+  // Weight gradients look up slots in every stage and need all four producer warps: consumers fence. Otherwise warps 0 and
+  // 1 gather, and a warp of its own publishes.
+  static constexpr bool kPublishes = kGathers && !kWeightGrad;
+  static_assert(!kGathers || kPublishes || Epilogue::kInputHalves == 0);
   static constexpr int kGatherThreads = kPublishes ? 64 : 128, kRowsACopy = kGatherThreads / 8;
   // 504 for a thread of each warpgroup.
   static constexpr int kProducerRegisters = !kGathers ? 40 : Epilogue::kInputHalves > 0 ? 104 : 88;
