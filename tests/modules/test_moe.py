@@ -258,6 +258,20 @@ def test_a_router_in_float32_under_bfloat16_experts(device):
     assert layer.router.weight.grad.dtype == torch.float32 and x.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_logits_of_a_bfloat16_router_are_rounded(dtype, device):
+    layer = make("bfloat16_router", device, dtype)
+    x = torch.randn(200, HIDDEN, device=device, dtype=dtype, requires_grad=True)
+    out = layer.forward_with_routing(x)
+    rounded = (x.float() @ layer.router.weight.float().T).bfloat16().float()
+    # sums in another order may round to the neighbour
+    assert (out.router_logits == rounded).float().mean() > 0.98
+    assert torch.equal(out.router_logits, out.router_logits.bfloat16().float())
+    torch.testing.assert_close(out.router_scores, out.router_logits.softmax(-1))
+    out.topk_weights.square().sum().backward()
+    assert layer.router.weight.grad.dtype == dtype and layer.router.weight.grad.norm() > 0
+
+
 # --- state ------------------------------------------------------------------------------------------------------------
 
 
