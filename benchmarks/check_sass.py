@@ -1,6 +1,7 @@
 """Reads the machine code of the Hopper kernels: each must multiply with HGMMA and keep its registers (no local memory).
 
-python benchmarks/check_sass.py LIBRARY_OR_OBJECT [...]   (needs cuobjdump: on PATH, named by CUOBJDUMP, or beside Triton)
+python benchmarks/check_sass.py LIBRARY_OR_OBJECT [...]
+Needs cuobjdump: on PATH, named by CUOBJDUMP, or in Triton's package.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def kernels_of(sass: str) -> dict[str, dict[str, int]]:
     for line in sass.splitlines():
         if match := re.search(r"Function : (\S+)", line):
             name = match.group(1)
-            present = counts.setdefault(name, {"HGMMA": 0, "LDL": 0, "STL": 0}) if "4sm9012grouped_gemm" in name else None
+            ours = "4sm9012grouped_gemm" in name
+            present = counts.setdefault(name, {"HGMMA": 0, "LDL": 0, "STL": 0}) if ours else None
         elif present is not None and (match := re.search(r"\*/\s+(?:@!?U?P\w+ )?(HGMMA|LDL|STL)\b", line)):
             present[match.group(1)] += 1
     return counts
