@@ -99,7 +99,8 @@ __device__ void zero_rows(const CombineBackwardParams& p, int64_t first_block) {
 
 // Blocks below `token_blocks` serve tokens, the others clear the rows past the last expert's.
 template <typename T, int V, int U, bool kRows, bool kWeights>
-__global__ void __launch_bounds__(kThreads, 2) combine_backward_kernel(const CombineBackwardParams p, int64_t token_blocks) {
+__global__ void __launch_bounds__(kThreads, 2)
+    combine_backward_kernel(const CombineBackwardParams p, int64_t token_blocks) {
   using A = Acc<T>;
   __shared__ A scratch[kWeights ? kThreads / kWarp : 1][U];
   if (blockIdx.x >= token_blocks) return zero_rows<T, V>(p, token_blocks);

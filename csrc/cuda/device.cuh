@@ -88,7 +88,8 @@ __device__ __forceinline__ unsigned ordered_key(float x) {
 }
 __device__ __forceinline__ unsigned long long ordered_key(double x) {
   const long long bits = __double_as_longlong(x + 0.0);
-  return x != x ? kNanKey : static_cast<unsigned long long>(bits) ^ (static_cast<unsigned long long>(bits >> 63) | (1ull << 63));
+  return x != x ? kNanKey
+                : static_cast<unsigned long long>(bits) ^ (static_cast<unsigned long long>(bits >> 63) | (1ull << 63));
 }
 __device__ __forceinline__ float number_of(unsigned key) {
   const unsigned bits = key >> 31 ? key ^ 0x80000000u : ~key;

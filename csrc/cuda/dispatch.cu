@@ -14,10 +14,10 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kSteps = 4;                  // of 32 pairs that a warp has in flight
-constexpr int64_t kOneBlockPairs = 2048;   // up to here one block does it all
-constexpr int64_t kBlockPairs = 512;       // the fewest pairs for which another block is taken
-constexpr int kMaxBlocksALane = 8;         // of the counts that scan_blocks holds
+constexpr int kSteps = 4;                 // of 32 pairs that a warp has in flight
+constexpr int64_t kOneBlockPairs = 2048;  // up to here one block does it all
+constexpr int64_t kBlockPairs = 512;      // the fewest pairs for which another block is taken
+constexpr int kMaxBlocksALane = 8;        // of the counts that scan_blocks holds
 constexpr int kSelectThreads = 1024;
 constexpr int kRun = 4;  // keys a thread has in flight
 
@@ -66,14 +66,13 @@ struct Walk {
       const int64_t pair = start + s * kWarp + lane_id();
       require_expert_id(pair, id[s], p.experts);
       expert[s] = static_cast<int>(id[s]);
-      if (p.padding_mask && id[s] >= 0 &&
-          p.padding_mask[static_cast<unsigned>(pair) / static_cast<unsigned>(p.top_k)])
+      if (p.padding_mask && id[s] >= 0 && p.padding_mask[static_cast<unsigned>(pair) / static_cast<unsigned>(p.top_k)])
         expert[s] = -1;
     }
   }
 
-  // rank[s] = the pairs of the expert that mine[expert] counts already and those before this one in the batch; mine[] then
-  // counts the batch too. By all lanes together.
+  // rank[s] = the pairs of the expert that mine[expert] counts already and those before this one in the batch, which
+  // mine[] then counts too. By all lanes together.
   __device__ void rank(const int (&expert)[kSteps], int* mine, int (&rank)[kSteps]) const {
 #pragma unroll
     for (int s = 0; s < kSteps; ++s) {
@@ -101,7 +100,7 @@ __device__ __forceinline__ int warp_sum_before(int x) {
   return upto - x;
 }
 
-// The sum of x over the threads before this one, and over all. `scratch` holds a number a warp; the block calls together.
+// The sum of x over the threads before this one, and over all. `scratch` holds a number a warp; all threads call it.
 __device__ int sum_before(int x, int* scratch, int* all = nullptr) {
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const int in_warp = warp_sum_before(x);
@@ -118,7 +117,8 @@ __device__ int sum_before(int x, int* scratch, int* all = nullptr) {
 }
 
 // offset[e] = sum over experts before e of min(tokens_per_expert, capacity), e = 0 .. E.
-__device__ void expert_offsets(const int64_t* tokens_per_expert, int experts, int64_t capacity, int* offset, int* scratch) {
+__device__ void expert_offsets(const int64_t* tokens_per_expert, int experts, int64_t capacity, int* offset,
+                               int* scratch) {
   constexpr int kMost = 1024 / kThreads;
   const int first = threadIdx.x * kMost;
   int kept[kMost], sum = 0;
@@ -226,8 +226,10 @@ __global__ void __launch_bounds__(kThreads) plan_kernel(const DispatchParams p) 
       const int64_t pair = start + s * kWarp + lane_id();
       if (pair >= walk.end) continue;
       if (p.by_weight) {
-        if (expert[s] < 0) p.token_slot[pair] = -1;
-        else p.pairs_by_expert[offset[expert[s]] + rank[s]] = static_cast<int>(pair);
+        if (expert[s] < 0)
+          p.token_slot[pair] = -1;
+        else
+          p.pairs_by_expert[offset[expert[s]] + rank[s]] = static_cast<int>(pair);
       } else {
         const int slot = expert[s] >= 0 && rank[s] < capacity ? offset[expert[s]] + rank[s] : -1;
         p.token_slot[pair] = slot;
@@ -298,8 +300,10 @@ __global__ void __launch_bounds__(kSelectThreads) keep_heaviest_kernel(const Dis
   const auto key_at = [&](int64_t i) { return ordered_key(weights[mine[i]]); };
   int ties_wanted = static_cast<int>(min(static_cast<int64_t>(n), p.capacity));
   Key<W> threshold = 0;  // below every key: keep all
-  if (ties_wanted == 0) threshold = ~Key<W>(0);
-  else if (ties_wanted < n) threshold = nth_largest<Key<W>>(n, ties_wanted, key_at, histogram, digit_and_above);
+  if (ties_wanted == 0)
+    threshold = ~Key<W>(0);
+  else if (ties_wanted < n)
+    threshold = nth_largest<Key<W>>(n, ties_wanted, key_at, histogram, digit_and_above);
   int heavier_before = 0, ties_before = 0;  // the chunk
   for (int64_t start = 0; start < n; start += kRun * kSelectThreads) {
     const int64_t i = start + threadIdx.x * kRun;  // a thread takes kRun pairs in a row
@@ -330,7 +334,8 @@ cudaError_t plan(const DispatchParams& p, int64_t blocks, cudaStream_t stream) {
   const auto kernel = plan_kernel<Id, kBits>;
   const size_t bytes = shared_for(p.experts);
   if (bytes > 48 * 1024)
-    if (const auto e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
+    if (const auto e =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
       return e;
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;

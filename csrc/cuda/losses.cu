@@ -52,7 +52,8 @@ __device__ void each_row(int64_t rows, const bool* padding_mask, F&& f) {
 }
 
 template <typename Id>
-__global__ void __launch_bounds__(kThreads) expert_counts_kernel(const ExpertCountsParams p, const int blocks_a_sequence) {
+__global__ void __launch_bounds__(kThreads)
+    expert_counts_kernel(const ExpertCountsParams p, const int blocks_a_sequence) {
   extern __shared__ int counts[];
   const int64_t sequence = blockIdx.x / blocks_a_sequence, pairs = p.length * p.top_k;
   const int64_t part = blockIdx.x % blocks_a_sequence;
@@ -91,7 +92,8 @@ __global__ void __launch_bounds__(kThreads) balance_loss_kernel(const BalanceLos
 
 // loss = scale * sum(sums) / sum(counts), or without counts scale * sum(sums)
 template <typename A>
-__global__ void __launch_bounds__(kThreads) finish_kernel(const double* sums, const double* counts, int n, double scale, A* loss) {
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const double* sums, const double* counts, int n, double scale, A* loss) {
   const double sum = sum_of(sums, n);
   const double count = counts ? sum_of(counts, n) : 1;
   if (threadIdx.x == 0) *loss = static_cast<A>(count > 0 ? scale * sum / count : 0);
@@ -105,7 +107,8 @@ __global__ void __launch_bounds__(kThreads) balance_loss_backward_kernel(const B
     T* row = static_cast<T*>(p.grad_scores) + r * p.experts;
     const int64_t counts = r / p.length * p.experts;
     for (int64_t e = lane_id(); e < p.experts; e += kWarp)
-      row[e] = from_acc<T>(padding ? A(0) : static_cast<A>(factor * count_at<double>(p.counts, p.count_type, counts + e)));
+      row[e] =
+          from_acc<T>(padding ? A(0) : static_cast<A>(factor * count_at<double>(p.counts, p.count_type, counts + e)));
   });
 }
 
@@ -213,9 +216,8 @@ cudaError_t expert_counts(const ExpertCountsParams& p, cudaStream_t stream) {
 
 cudaError_t balance_loss(const BalanceLossParams& p, cudaStream_t stream) {
   const int64_t blocks = loss_blocks(p.sequences * p.length);
-  const auto e = with_dtype(p.dtype, [&](auto zero) {
-    return launch(balance_loss_kernel<decltype(zero)>, blocks, kThreads, 0, stream, p);
-  });
+  const auto e = with_dtype(
+      p.dtype, [&](auto zero) { return launch(balance_loss_kernel<decltype(zero)>, blocks, kThreads, 0, stream, p); });
   return e ? e : finish(p, nullptr, blocks, stream);
 }
 
@@ -229,9 +231,8 @@ cudaError_t balance_loss_backward(const BalanceLossBackwardParams& p, cudaStream
 
 cudaError_t z_loss(const ZLossParams& p, cudaStream_t stream) {
   const int64_t blocks = loss_blocks(p.tokens);
-  const auto e = with_dtype(p.dtype, [&](auto zero) {
-    return launch(z_loss_kernel<decltype(zero)>, blocks, kThreads, 0, stream, p);
-  });
+  const auto e = with_dtype(
+      p.dtype, [&](auto zero) { return launch(z_loss_kernel<decltype(zero)>, blocks, kThreads, 0, stream, p); });
   return e ? e : finish(p, p.partial + blocks, blocks, stream);
 }
 

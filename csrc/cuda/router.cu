@@ -90,7 +90,10 @@ __device__ __forceinline__ void selection_keys(const RouteParams& p, const Route
 
 // One warp a token. The blocks asked for are what hides the latency of one token's chain of rounds.
 template <typename T, int N>
-__global__ void __launch_bounds__(kWarps* kWarp, sizeof(Acc<T>) == 4 && N <= 4 ? 10 : 1)
+__global__ void __launch_bounds__(kWarps* kWarp, sizeof(Acc<T>) == 8 ? 1
+                                                 : N <= 4            ? 10
+                                                 : N == 32           ? 4
+                                                                     : 1)
     route_kernel(const RouteParams p, const RouteLayout layout, const bool wide) {
   using A = Acc<T>;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -177,8 +180,10 @@ __global__ void __launch_bounds__(kWarps* kWarp) route_backward_kernel(const Rou
         if (id >= 0) {
           add = grad_value(k0 + lane);
           const A value = selected.value(id);
-          if (softmax_after) add = value * (add - inner);
-          else if (w.after_topk) add *= score_slope(w.score, to_acc(row[id]), value);
+          if (softmax_after)
+            add = value * (add - inner);
+          else if (w.after_topk)
+            add *= score_slope(w.score, to_acc(row[id]), value);
         }
       }
       for (int j = 0; j < min(kWarp, p.top_k - k0); ++j) {  // in order of k; ids may repeat
@@ -192,8 +197,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) route_backward_kernel(const Rou
 
   A direct[N];
   load_mine<N>(adds, first, p.experts, wide, direct);
-  if (p.grad_scores)
-    load_mine<N>(static_cast<const A*>(p.grad_scores) + t * p.experts, first, p.experts, wide, grad);
+  if (p.grad_scores) load_mine<N>(static_cast<const A*>(p.grad_scores) + t * p.experts, first, p.experts, wide, grad);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     if (first + i >= p.experts) direct[i] = grad[i] = 0;
@@ -208,8 +212,8 @@ __global__ void __launch_bounds__(kWarps* kWarp) route_backward_kernel(const Rou
     }
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      direct[i] += w.score == Score::softmax ? score[i] * (grad[i] - inner)
-                                             : grad[i] * score_slope(w.score, logit[i], score[i]);
+      direct[i] +=
+          w.score == Score::softmax ? score[i] * (grad[i] - inner) : grad[i] * score_slope(w.score, logit[i], score[i]);
   }
   store_mine<N>(static_cast<T*>(p.grad_logits) + t * p.experts, first, p.experts, wide, direct);
 }
@@ -275,7 +279,8 @@ cudaError_t route_backward(const RouteBackwardParams& p, cudaStream_t stream) {
     const int warps = std::min<int>(kWarps, kSharedBytes / bytes);
     return with_experts<T>(p.experts, [&](auto n) {
       const bool wide = rows_are_wide<T, n()>(p.experts, {p.logits, p.grad_logits}, {p.grad_scores});
-      return launch(route_backward_kernel<T, n()>, ceil_div(p.tokens, warps), warps * kWarp, warps * bytes, stream, p, wide);
+      return launch(route_backward_kernel<T, n()>, ceil_div(p.tokens, warps), warps * kWarp, warps * bytes, stream, p,
+                    wide);
     });
   });
 }

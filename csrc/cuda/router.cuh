@@ -116,9 +116,9 @@ __device__ __forceinline__ void order_pair(K& a, K& b, unsigned& place_a, unsign
   a = high, b = low, place_a = place_high, place_b = place_low;
 }
 
-// chosen[0 .. top_k) = the ids of the largest keys, downwards, ties to the lower id. Keys are ordered (device.cuh), 0 for
-// places past the row. Each lane sorts its keys in runs of up to 4; a round then compares the heads of the runs and only
-// the winner moves: no lane searches its N keys again.
+// chosen[0 .. top_k) = the ids of the largest keys, downwards, ties to the lower id. Keys are ordered (device.cuh), 0
+// for places past the row. Each lane sorts its keys in runs of up to 4; a round then compares the heads of the runs and
+// only the winner moves: no lane searches its N keys again.
 template <typename A, int N>
 __device__ __forceinline__ void select_top(const Key<A> (&key)[N], int top_k, int16_t* chosen) {
   constexpr int W = N < 4 ? N : 4, Q = N / W;
@@ -165,8 +165,8 @@ __device__ __forceinline__ void select_top(const Key<A> (&key)[N], int top_k, in
   }
 }
 
-// The weights of a token's K selected experts, by a whole warp. id_of(k) is an expert or -1; scores are those of the row
-// and row its logits.
+// The weights of a token's K selected experts, by a whole warp. id_of(k) is an expert or -1; scores are those of the
+// row and row its logits.
 template <typename A, typename T, typename IdOf>
 struct Selected {
   const Weighting& w;

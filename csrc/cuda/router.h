@@ -26,17 +26,17 @@ struct Weighting {
 struct RouteParams {
   DType dtype;
   int64_t tokens;
-  int experts, top_k;             // 1 <= K <= E <= kMaxRouterExperts
-  const void* logits;             // [T, E]
-  const void* expert_bias;        // [E] acc, or null
-  const void* selection_scores;   // [T, E] acc, or null
-  const int64_t* replay_ids;      // [T, K], or null: select
+  int experts, top_k;            // 1 <= K <= E <= kMaxRouterExperts
+  const void* logits;            // [T, E]
+  const void* expert_bias;       // [E] acc, or null
+  const void* selection_scores;  // [T, E] acc, or null
+  const int64_t* replay_ids;     // [T, K], or null: select
   Weighting weighting;
   int num_groups, topk_groups;
   GroupRank group_rank;
-  void* topk_weights;             // [T, K] acc
-  int64_t* topk_ids;              // [T, K]
-  void* scores;                   // [T, E] acc
+  void* topk_weights;  // [T, K] acc
+  int64_t* topk_ids;   // [T, K]
+  void* scores;        // [T, E] acc
 };
 cudaError_t route(const RouteParams&, cudaStream_t);
 
@@ -49,7 +49,7 @@ struct RouteBackwardParams {
   const void* logits;             // [T, E]
   const int64_t* topk_ids;        // [T, K]; an id may repeat, -1 gets nothing
   Weighting weighting;
-  void* grad_logits;              // [T, E] in dtype
+  void* grad_logits;  // [T, E] in dtype
 };
 cudaError_t route_backward(const RouteBackwardParams&, cudaStream_t);
 

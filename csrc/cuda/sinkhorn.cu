@@ -25,7 +25,8 @@ __global__ void __launch_bounds__(kThreads, 1) sinkhorn_kernel(const SinkhornPar
   A* block_sum = reinterpret_cast<A*>(shared);
   const auto grid = cooperative_groups::this_grid();
   const int lane = lane_id(), warp = threadIdx.x / kWarp, experts = p.experts;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + warp, step = static_cast<int64_t>(gridDim.x) * kWarps;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * kWarps + warp,
+                step = static_cast<int64_t>(gridDim.x) * kWarps;
   const A epsilon = A(1e-8);
   const T* logits = static_cast<const T*>(p.logits);
   A *out = static_cast<A*>(p.out), *row_scale = static_cast<A*>(p.row_scale), *partial = static_cast<A*>(p.partial);
@@ -81,7 +82,8 @@ __global__ void __launch_bounds__(kThreads, 1) sinkhorn_kernel(const SinkhornPar
     const A scale = row_scale[t];
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      if (const int64_t e = i * kWarp + lane; e < experts) out[t * experts + e] = column[i] * out[t * experts + e] * scale;
+      if (const int64_t e = i * kWarp + lane; e < experts)
+        out[t * experts + e] = column[i] * out[t * experts + e] * scale;
   }
 }
 

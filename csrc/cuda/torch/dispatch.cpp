@@ -12,7 +12,8 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch_op(const Tensor& topk_ids, int64_t num_experts,
                                                        const OptionalTensor& topk_weights,
                                                        std::optional<c10::SymInt> capacity,
-                                                       std::string_view drop_policy, const OptionalTensor& padding_mask) {
+                                                       std::string_view drop_policy,
+                                                       const OptionalTensor& padding_mask) {
   check_dispatch(topk_ids, num_experts, topk_weights, capacity, drop_policy, padding_mask);
   const c10::cuda::CUDAGuard guard(topk_ids.device());
   const auto options = topk_ids.options().dtype(at::kInt);
@@ -21,7 +22,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch_op(const Tensor& topk_ids, i
   C10_CUDA_CHECK(dispatch_blocks(pairs, &blocks));
   const bool by_weight = capacity && parse_drop_policy(drop_policy) == DropPolicy::Probs;
   const Tensor ids = topk_ids.contiguous(), mask = contiguous_as(padding_mask, at::kBool);
-  const Tensor weights = by_weight ? contiguous_as(topk_weights, accumulate_type(topk_weights->scalar_type())) : Tensor();
+  const Tensor weights =
+      by_weight ? contiguous_as(topk_weights, accumulate_type(topk_weights->scalar_type())) : Tensor();
   const Tensor slot_index = at::empty({pairs}, options), token_slot = at::empty(ids.sizes(), options);
   const Tensor offsets = at::empty({num_experts + 1}, options);
   const Tensor tokens_per_expert = at::empty({num_experts}, options.dtype(at::kLong));

@@ -21,9 +21,7 @@ inline DType dtype_of(const Tensor& t) {
 }
 
 // `t` as contiguous memory of `type`; undefined stays undefined.
-inline Tensor contiguous_as(const Tensor& t, at::ScalarType type) {
-  return t.defined() ? t.to(type).contiguous() : t;
-}
+inline Tensor contiguous_as(const Tensor& t, at::ScalarType type) { return t.defined() ? t.to(type).contiguous() : t; }
 inline Tensor contiguous_as(const OptionalTensor& t, at::ScalarType type) {
   return has(t) ? contiguous_as(*t, type) : Tensor();
 }

@@ -15,8 +15,8 @@ at::ScalarType logits_type(const Tensor& hidden_states, const Tensor& weight) {
   return wide ? at::kDouble : at::kFloat;
 }
 
-// Results of this many numbers fill every GPU with tiles. cuBLAS may cut the contraction of a smaller product into parts
-// and round their sums to the result's type before it adds them, so that one is asked for in float32.
+// Results of this many numbers fill every GPU with tiles. cuBLAS may cut the contraction of a smaller product into
+// parts and round their sums to the result's type before it adds them, so that one is asked for in float32.
 constexpr int64_t kManyResults = 1 << 22;
 
 // a @ b with results of `type`: the operands' own, or float32 of two bfloat16 or float16 operands.
@@ -72,7 +72,8 @@ std::tuple<Tensor, Tensor, Tensor> router_logits_backward_op(const Tensor& grad_
     // bfloat16 parts of the float32 factors: as many as the result can hold, and no float32 copy of anything [T, H]
     const bool wide_weight = weight.scalar_type() != at::kBFloat16;
     const int count = wide_weight ? 3 : 2;
-    const Tensor parts = split(grad, tokens, count).view({tokens, count * experts}), two = parts.narrow(1, 0, 2 * experts);
+    const Tensor parts = split(grad, tokens, count).view({tokens, count * experts}),
+                 two = parts.narrow(1, 0, 2 * experts);
     if (output_mask[0] && wide_weight) {
       const Tensor w = split(weight.to(at::kFloat), 1, 2).view({2, experts, hidden});
       grad_hidden = product(at::cat({two, parts.narrow(1, 0, experts)}, 1), at::cat({w[0], w[0], w[1]}), x_type);
@@ -80,7 +81,8 @@ std::tuple<Tensor, Tensor, Tensor> router_logits_backward_op(const Tensor& grad_
       grad_hidden = product(two, at::cat({weight, weight}), x_type);
     }
     if (output_mask[1])
-      grad_weight = product(parts.t(), hidden_states, type).view({count, experts, hidden}).sum(0).to(weight.scalar_type());
+      grad_weight =
+          product(parts.t(), hidden_states, type).view({count, experts, hidden}).sum(0).to(weight.scalar_type());
   } else {
     if (output_mask[0]) grad_hidden = product(grad, weight.to(type), type).to(x_type);
     if (output_mask[1]) grad_weight = product(grad.t(), hidden_states.to(type), type).to(weight.scalar_type());
@@ -93,8 +95,8 @@ std::tuple<Tensor, Tensor, Tensor> router_logits_backward_op(const Tensor& grad_
 
 Weighting weighting(std::string_view score_function, bool scores_after_topk, bool renormalize,
                     double renormalize_epsilon, double scaling_factor) {
-  return {static_cast<Score>(parse_score_function(score_function)), scores_after_topk, renormalize,
-          renormalize_epsilon, scaling_factor};
+  return {static_cast<Score>(parse_score_function(score_function)), scores_after_topk, renormalize, renormalize_epsilon,
+          scaling_factor};
 }
 static_assert(static_cast<int>(Score::sigmoid) == static_cast<int>(ScoreFunction::Sigmoid) &&
               static_cast<int>(Score::sqrt_softplus) == static_cast<int>(ScoreFunction::SqrtSoftplus) &&
