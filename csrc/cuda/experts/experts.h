@@ -17,7 +17,7 @@ struct ExpertShape {
   int64_t tokens, hidden, intermediate;  // T, H, I
   int experts, top_k;                    // E, K
   Activation activation;
-  float alpha, limit;     // ClampedSwiGLU only
+  double alpha, limit;    // ClampedSwiGLU only
   bool interleaved;       // gate and up rows alternate in gate_up_proj and its bias (never in pre_activation)
   bool weight_on_input;   // the routing weight scales the up projection's result instead of the down projection's
   int64_t slots() const { return tokens * top_k; }

@@ -17,8 +17,8 @@ cudaError_t run_up(const UpParams& p, cudaStream_t stream) {
   args.epilogue = {p.pre_activation, p.act,
                    p.gate_up_bias,   shape.weight_on_input ? p.plan.weights : nullptr,
                    args.n_size,      shape.interleaved,
-                   shape.activation, shape.alpha,
-                   shape.limit};
+                   shape.activation, static_cast<float>(shape.alpha),
+                   static_cast<float>(shape.limit)};
   return launch<G>(args, shape.slots(), stream);
 }
 
