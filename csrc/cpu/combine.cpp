@@ -7,6 +7,7 @@
 #include <torch/library.h>
 
 #include "../ops/checks.h"
+#include "memory.h"
 #include "parallel.h"
 #include "types.h"
 #include "vector/kernels.h"
@@ -43,7 +44,7 @@ Tensor combine(const Tensor& rows_, const OptionalTensor& topk_weights, const Te
   check_combine(rows_, topk_weights, slot_index, token_slot, expert_offsets);
   const auto plan = read_plan(slot_index, token_slot, expert_offsets);
   const Tensor rows = rows_.contiguous(), weights = has(topk_weights) ? topk_weights->contiguous() : Tensor();
-  Tensor out = at::empty({plan.tokens, rows.size(1)}, rows.options());
+  Tensor out = empty({plan.tokens, rows.size(1)}, rows.options());
   with_floating(rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     combine_rows<T>(plan.tokens, plan.top_k, rows.size(1), rows.const_data_ptr<T>(), plan.token_slot,
@@ -70,7 +71,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_output, const Ten
     const auto& k = kernels<T>();
     const T* g = grad.const_data_ptr<T>();
     if (output_mask[0]) {
-      grad_rows = at::empty(rows.sizes(), options);
+      grad_rows = empty(rows.sizes(), options);
       const A* w = pointer_or_null<const A>(weights);
       T* out = grad_rows.mutable_data_ptr<T>();
       for_rows(plan.slots(), hidden * 2, [&](int64_t begin, int64_t end) {

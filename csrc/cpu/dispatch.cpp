@@ -7,6 +7,7 @@
 
 #include "../ops/checks.h"
 #include "combine.h"
+#include "memory.h"
 #include "parallel.h"
 #include "types.h"
 
@@ -127,7 +128,7 @@ Tensor gather(const Tensor& hidden_states, const Tensor& slot_index, const Tenso
   check_gather(hidden_states, slot_index, token_slot, expert_offsets);
   const auto plan = read_plan(slot_index, token_slot, expert_offsets);
   const Tensor x = hidden_states.contiguous();
-  Tensor rows = at::empty({plan.slots(), x.size(1)}, x.options());
+  Tensor rows = empty({plan.slots(), x.size(1)}, x.options());
   const int64_t bytes = x.size(1) * x.element_size();
   const auto* from = static_cast<const char*>(x.const_data_ptr());
   auto* to = static_cast<char*>(rows.mutable_data_ptr());
@@ -144,7 +145,7 @@ Tensor gather_backward(const Tensor& grad_rows, const Tensor& token_slot_) {
   check_gather_backward(grad_rows, token_slot_);
   const Tensor rows = grad_rows.contiguous(), token_slot = token_slot_.contiguous();
   check_token_slot(token_slot, rows.size(0));
-  Tensor grad = at::empty({token_slot.size(0), rows.size(1)}, rows.options());
+  Tensor grad = empty({token_slot.size(0), rows.size(1)}, rows.options());
   with_floating(rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     combine_rows<T>(token_slot.size(0), token_slot.size(1), rows.size(1), rows.const_data_ptr<T>(),

@@ -1,4 +1,5 @@
 // Forward: up tasks (row block, columns of I) with the activation inside, down tasks (row block, columns of H), combine.
+#include "memory.h"
 #include "experts.h"
 
 #include <ATen/ops/empty.h>
@@ -58,7 +59,7 @@ void up(const Experts<T>& e, T* pre_activation, T* act) {
 // rows [P, H] = act @ down.T + bias
 template <typename T>
 void down(const Experts<T>& e, const T* act, T* rows) {
-  const auto columns = cut_columns(e.blocks.size(), e.plan.served, e.hidden, e.inner, 64);
+  const auto columns = cut_columns(e.blocks.size(), e.plan.served, e.hidden, e.inner);
   run_tasks(e.blocks.size() * columns.count, [&](int64_t task, Scratch& scratch) {
     const auto& block = e.blocks[task / columns.count];
     const int64_t c0 = columns.begin(task % columns.count), c1 = columns.end(task % columns.count);
@@ -79,20 +80,20 @@ std::tuple<Tensor, Tensor> experts_forward(const Tensor& hidden_states, const Te
   check_experts_forward(hidden_states, gate_up_proj, down_proj, topk_weights, slot_index, token_slot, expert_offsets,
                         gate_up_bias, down_bias, activation);
   const auto options = hidden_states.options();
-  Tensor output = at::empty(hidden_states.sizes(), options), pre_activation = at::empty({0}, options);
+  Tensor output = empty(hidden_states.sizes(), options), pre_activation = at::empty({0}, options);
   with_floating(hidden_states.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const Experts<T> e(hidden_states, gate_up_proj, down_proj, topk_weights, slot_index, token_slot, expert_offsets,
                        gate_up_bias, down_bias, activation, activation_alpha, activation_limit, interleaved,
                        weight_on_input);
     if (keep_pre_activation) {
-      pre_activation = at::empty({e.plan.slots(), e.up_rows}, options);
+      pre_activation = empty({e.plan.slots(), e.up_rows}, options);
       // slots of nobody hold zeros, not what the memory held before
       T* tail = pre_activation.mutable_data_ptr<T>() + e.plan.served * e.up_rows;
       std::fill(tail, tail + (e.plan.slots() - e.plan.served) * e.up_rows, T(0));
     }
-    const Tensor act = at::empty({e.plan.served, e.inner}, options);
-    const Tensor rows = at::empty({e.plan.served, e.hidden}, options);
+    const Tensor act = empty({e.plan.served, e.inner}, options);
+    const Tensor rows = empty({e.plan.served, e.hidden}, options);
     up(e, keep_pre_activation ? pre_activation.mutable_data_ptr<T>() : nullptr, act.mutable_data_ptr<T>());
     down(e, act.const_data_ptr<T>(), rows.mutable_data_ptr<T>());
     combine_rows<T>(e.plan.tokens, e.plan.top_k, e.hidden, rows.const_data_ptr<T>(), e.plan.token_slot,

@@ -12,7 +12,7 @@ namespace fastmoe_cpp::cpu {
 
 // Rows of an expert that are multiplied at once, and columns of the intermediate size between two activations: large
 // enough for the BLAS to run at its full rate, small enough for the block to stay in the second-level cache.
-inline constexpr int64_t kBlockRows = 256, kBlockColumns = 256;
+inline constexpr int64_t kBlockRows = 256, kBlockColumns = 512;
 
 template <typename T>
 struct Experts {
@@ -52,7 +52,7 @@ struct Experts {
 
   // How the up projection of the blocks is cut into tasks; the same in backward, so that it repeats forward's bits.
   Columns up_columns() const {
-    return cut_columns(blocks.size(), plan.served, inner, hidden * (gated ? 2 : 1), 64);
+    return cut_columns(blocks.size(), plan.served, inner, hidden * (gated ? 2 : 1));
   }
 
   // The rows [rows, columns] from column `first` on of `source` [T, *] that a block's slots ask for, each times its
@@ -80,6 +80,8 @@ struct Experts {
         A *g = gate.data + r * gate.row_stride, *u = up.data + r * up.row_stride;
         for (int64_t c = 0; c < columns; ++c) g[c] = from[2 * c], u[c] = from[2 * c + 1];
       }
+    } else if (gated && columns == inner && up.data == gate.data + inner) {
+      multiply<T, A>(scratch, rows, 2 * inner, hidden, a, w, gate);
     } else {
       multiply<T, A>(scratch, rows, columns, hidden, a, w.at(0, c0), gate);
       if (gated) multiply<T, A>(scratch, rows, columns, hidden, a, w.at(0, inner + c0), up);

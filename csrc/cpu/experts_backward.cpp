@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include "combine.h"
+#include "memory.h"
 #include "experts.h"
 
 namespace fastmoe_cpp::cpu {
@@ -150,9 +151,9 @@ template <typename T>
 void outer_gradients(const Experts<T>& e, const Tensor& grad_output, const Inner<T>& inner, const Gradients<T>& to,
                      T* grad_rows) {
   using A = acc_t<T>;
-  const auto rows = cut_columns(e.blocks.size(), e.plan.served, e.hidden, e.up_rows, 64);
+  const auto rows = cut_columns(e.blocks.size(), e.plan.served, e.hidden, e.up_rows);
   const int64_t experts = e.plan.experts;
-  const auto weight_columns = cut_columns(experts, e.plan.served, e.hidden, std::max(e.up_rows, e.inner), 64);
+  const auto weight_columns = cut_columns(experts, e.plan.served, e.hidden, std::max(e.up_rows, e.inner));
   const auto wanted = [](const Tensor& t, int64_t tasks) { return t.numel() ? tasks : int64_t(0); };
   const int64_t row_tasks = grad_rows ? int64_t(e.blocks.size()) * rows.count : 0;
   const int64_t up_tasks = wanted(to.gate_up, experts * weight_columns.count);
@@ -244,7 +245,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
                        gate_up_bias, down_bias, activation, activation_alpha, activation_limit, interleaved,
                        weight_on_input);
     const auto wanted = [&](int i, at::IntArrayRef sizes, const at::TensorOptions& as) {
-      return output_mask[i] ? at::empty(sizes, as) : at::empty({0}, as);
+      return output_mask[i] ? empty(sizes, as) : at::empty({0}, as);
     };
     const Gradients<T> to{wanted(0, hidden_states.sizes(), options),
                           wanted(1, gate_up_proj.sizes(), options),
@@ -255,10 +256,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     const bool need_rows = output_mask[0] || (output_mask[3] && weight_on_input);
     const bool need_partial = output_mask[3] && !weight_on_input;
     const int64_t ranges = e.up_columns().count;
-    const Tensor grad_pre = at::empty({e.plan.served, e.up_rows}, options);
-    const Tensor scaled_act = at::empty({e.plan.served, e.inner}, options);
+    const Tensor grad_pre = empty({e.plan.served, e.up_rows}, options);
+    const Tensor scaled_act = empty({e.plan.served, e.inner}, options);
     const Tensor partial = at::empty({need_partial ? ranges * e.plan.served : 0}, topk_weights.options());
-    const Tensor grad_rows = at::empty({need_rows ? e.plan.served : 0, e.hidden}, options);
+    const Tensor grad_rows = empty({need_rows ? e.plan.served : 0, e.hidden}, options);
     const Inner<T> inner{grad_pre.mutable_data_ptr<T>(), scaled_act.mutable_data_ptr<T>(),
                          need_partial ? partial.mutable_data_ptr<A>() : nullptr};
     inner_gradients(e, grad_output, pointer_or_null<const T>(kept), inner);

@@ -1,6 +1,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include "memory.h"
 #include "experts.h"
 
 namespace fastmoe_cpp::cpu {
@@ -33,7 +34,7 @@ void grouped_product(const Groups& groups, const Tensor& rows, int64_t n, const 
   const int64_t k = rows.size(1), stride = rows.stride(0);
   const T* from = rows.const_data_ptr<T>();
   T* to = out.mutable_data_ptr<T>();
-  const auto columns = cut_columns(groups.blocks.size(), groups.served, n, k, 64);
+  const auto columns = cut_columns(groups.blocks.size(), groups.served, n, k);
   run_tasks(groups.blocks.size() * columns.count, [&](int64_t task, Scratch& scratch) {
     const auto& block = groups.blocks[task / columns.count];
     const int64_t c0 = columns.begin(task % columns.count), c1 = columns.end(task % columns.count);
@@ -55,7 +56,7 @@ Tensor grouped_linear(const Tensor& rows, const Tensor& weight_, const Tensor& e
   const Groups groups(expert_offsets, rows.size(0));
   const Tensor x = with_unit_stride(rows), weight = blas_weight(weight_);
   const Tensor bias = has(bias_) ? bias_->contiguous() : Tensor();
-  Tensor out = at::empty({rows.size(0), weight.size(1)}, rows.options());
+  Tensor out = empty({rows.size(0), weight.size(1)}, rows.options());
   with_floating(rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     grouped_product<T>(groups, x, weight.size(1), [&](int64_t e) { return slice_of<T>(weight, e).t(); },
@@ -70,7 +71,7 @@ void weight_gradient(const Groups& groups, const Tensor& grad_output, const Tens
   using A = acc_t<T>;
   const int64_t n = x.size(1), m = grad_output.size(1);
   T* to = grad.mutable_data_ptr<T>();
-  const auto columns = cut_columns(groups.experts, groups.served, n, m, 64);
+  const auto columns = cut_columns(groups.experts, groups.served, n, m);
   run_tasks(groups.experts * columns.count, [&](int64_t task, Scratch& scratch) {
     const int64_t e = task / columns.count, first = groups.offsets[e], rows = groups.offsets[e + 1] - first;
     const int64_t c0 = columns.begin(task % columns.count), width = columns.end(task % columns.count) - c0;
@@ -113,7 +114,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_ou
   const Tensor g = with_unit_stride(grad_output), x = with_unit_stride(rows), weight = blas_weight(weight_);
   const auto options = rows.options();
   const auto wanted = [&](int i, at::IntArrayRef sizes) {
-    return output_mask[i] ? at::empty(sizes, options) : at::empty({0}, options);
+    return output_mask[i] ? empty(sizes, options) : at::empty({0}, options);
   };
   const Tensor grad_rows = wanted(0, rows.sizes()), grad_weight = wanted(1, weight.sizes());
   const Tensor grad_bias = wanted(2, {weight.size(0), weight.size(1)});

@@ -53,11 +53,12 @@ std::vector<RowBlock> row_blocks(const int32_t* expert_offsets, int64_t experts,
   return blocks;
 }
 
-Columns cut_columns(int64_t blocks, int64_t rows, int64_t columns, int64_t cost, int64_t narrowest) {
+Columns cut_columns(int64_t blocks, int64_t rows, int64_t columns, int64_t cost) {
   constexpr int64_t kTasks = 128, kTaskCost = 8'000'000;
   if (blocks == 0 || columns == 0) return {columns, std::max<int64_t>(columns, 1), 1};
-  // few rows are bound by the weights they stream, not by arithmetic
-  const int64_t work = std::max(rows, blocks * kFewRows) * columns * cost;
+  // A product of few rows is bound by the weights it streams: there is no width to lose, and the cost is of the stream.
+  const bool few = rows < 2 * kFewRows * blocks;
+  const int64_t narrowest = few ? 64 : 256, work = std::max(rows, blocks * kFewRows) * columns * cost;
   int64_t count = std::min((kTasks + blocks - 1) / blocks, work / (blocks * kTaskCost) + 1);
   count = std::max<int64_t>(1, std::min(count, columns / narrowest));
   const int64_t width = (((columns + count - 1) / count) + 31) / 32 * 32;

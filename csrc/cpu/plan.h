@@ -35,7 +35,7 @@ struct Columns {
 };
 
 // The cut for tasks of (row block, range of columns) where a column costs `cost` multiply-adds a row: enough tasks for
-// many threads, none too small to be worth its start, none narrower than `narrowest`.
-Columns cut_columns(int64_t blocks, int64_t rows, int64_t columns, int64_t cost, int64_t narrowest);
+// many threads, none too small to be worth its start or too narrow for the BLAS to run at its rate.
+Columns cut_columns(int64_t blocks, int64_t rows, int64_t columns, int64_t cost);
 
 }  // namespace fastmoe_cpp::cpu

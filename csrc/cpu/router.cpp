@@ -46,7 +46,7 @@ Tensor router_logits(const Tensor& hidden_states, const Tensor& weight, const Op
   const int64_t tokens = x.size(0), hidden = x.size(1), experts = w.size(0);
   Tensor logits = at::empty({tokens, experts}, x.options().dtype(type));
   const int64_t blocks = (tokens + kRows - 1) / kRows;
-  const auto columns = cut_columns(blocks, tokens, experts, hidden, 16);
+  const auto columns = cut_columns(blocks, tokens, experts, hidden);
   with_floating(w.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     using A = acc_t<T>;
@@ -99,7 +99,7 @@ std::tuple<Tensor, Tensor, Tensor> router_logits_backward(const Tensor& grad_log
     if (output_mask[0]) {
       Tensor out = at::empty({tokens, hidden}, x.options().dtype(type));
       const int64_t blocks = (tokens + kRows - 1) / kRows;
-      const auto columns = cut_columns(blocks, tokens, hidden, experts, 64);
+      const auto columns = cut_columns(blocks, tokens, hidden, experts);
       with_floating(w.scalar_type(), [&](auto zero_weight) {
         using T = decltype(zero_weight);
         if constexpr (std::is_same_v<acc_t<T>, A>) {
@@ -116,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor> router_logits_backward(const Tensor& grad_log
     }
     if (output_mask[1]) {
       Tensor out = at::empty({experts, hidden}, w.options().dtype(type));
-      const auto columns = cut_columns(1, experts, hidden, tokens, 64);
+      const auto columns = cut_columns(1, experts, hidden, tokens);
       with_floating(x.scalar_type(), [&](auto zero_hidden) {
         using T = decltype(zero_hidden);
         if constexpr (std::is_same_v<acc_t<T>, A>) {

@@ -179,9 +179,10 @@ FASTMOE_INLINE Curve<A> curve(V<A> x, A alpha) {
     const V<A> s = sigmoid<A>(A(2) * c * (x + k * x * x * x));
     return {x * s, s + A(2) * x * s * (A(1) - s) * c * (A(1) + A(3) * k * x * x)};
   } else {
+    // the slope where the rectifier is on; see through()
     const V<A> zero = splat(A(0));
     const V<A> r = x <= zero ? zero : x;  // a NaN stays one
-    if constexpr (F == Activation::ReGLU || F == Activation::ReLU) return {r, x > zero ? splat(A(1)) : zero};
+    if constexpr (F == Activation::ReGLU || F == Activation::ReLU) return {r, splat(A(1))};
     return {r * r, A(2) * r};
   }
 }
@@ -204,6 +205,14 @@ struct Gradients {
   V<A> value, gate, up;
 };
 
+// A rectifier that is off passes nothing, not 0 * NaN.
+template <Activation F, typename A>
+FASTMOE_INLINE V<A> through(V<A> gate, V<A> grad) {
+  const V<A> zero = splat(A(0));
+  if constexpr (F == Activation::ReGLU || F == Activation::ReLU || F == Activation::ReLU2) return gate <= zero ? zero : grad;
+  return grad;
+}
+
 template <Activation F, typename A>
 FASTMOE_INLINE Gradients<A> gradients_of(V<A> gate, V<A> up, V<A> grad, A alpha, A limit) {
   const V<A> zero = splat(A(0));
@@ -215,10 +224,10 @@ FASTMOE_INLINE Gradients<A> gradients_of(V<A> gate, V<A> up, V<A> grad, A alpha,
             up_high ? zero : (up_low ? zero : grad * c.value)};
   } else if constexpr (is_gated(F)) {
     const auto c = curve<F, A>(gate, alpha);
-    return {c.value * up, grad * up * c.slope, grad * c.value};
+    return {c.value * up, through<F, A>(gate, grad * up * c.slope), grad * c.value};
   } else {
     const auto c = curve<F, A>(gate, alpha);
-    return {c.value, grad * c.slope, zero};
+    return {c.value, through<F, A>(gate, grad * c.slope), zero};
   }
 }
 
@@ -243,21 +252,21 @@ A activate_backward(int64_t n, const A* gate, const A* up, const A* grad, A weig
   V<A> dot = splat(A(0));
   int64_t i = 0;
   for (; i + w <= n; i += w) {
-    const V<A> dv = load(grad + i);
-    const auto g = gradients_of<F, A>(load(gate + i), is_gated(F) ? load(up + i) : splat(A(0)), dv, alpha, limit);
+    const V<A> dv = load(grad + i), u = is_gated(F) ? load(up + i) : splat(A(0));
+    const auto g = gradients_of<F, A>(load(gate + i), u, weight * dv, alpha, limit);
     dot += dv * g.value;
     store(value + i, weight * g.value);
-    store(grad_gate + i, weight * g.gate);
-    if constexpr (is_gated(F)) store(grad_up + i, weight * g.up);
+    store(grad_gate + i, g.gate);
+    if constexpr (is_gated(F)) store(grad_up + i, g.up);
   }
   if (i < n) {
-    const V<A> dv = load_some(grad + i, n - i);
-    const V<A> u = is_gated(F) ? load_some(up + i, n - i) : splat(A(0));
-    const auto g = gradients_of<F, A>(load_some(gate + i, n - i), u, dv, alpha, limit);
+    const V<A> dv = load_some(grad + i, n - i), u = is_gated(F) ? load_some(up + i, n - i) : splat(A(0));
+    const auto g = gradients_of<F, A>(load_some(gate + i, n - i), u, weight * dv, alpha, limit);
+    // the lanes past the end are f(0) = 0, with a gradient of 0
     dot += dv * g.value;
     store_some(value + i, weight * g.value, n - i);
-    store_some(grad_gate + i, weight * g.gate, n - i);
-    if constexpr (is_gated(F)) store_some(grad_up + i, weight * g.up, n - i);
+    store_some(grad_gate + i, g.gate, n - i);
+    if constexpr (is_gated(F)) store_some(grad_up + i, g.up, n - i);
   }
   return sum<A>(dot);
 }
