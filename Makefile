@@ -79,6 +79,7 @@ $(VENV)/.torch: requirements/torch.txt requirements/build.txt | $(VENV)/.created
 
 $(VENV)/.built: $(SOURCES) setup.py pyproject.toml $(VENV)/.torch
 	@command -v $(firstword $(or $(CXX),c++)) >/dev/null || { echo "fastmoe_cpp needs a C++ compiler: install g++"; exit 1; }
+	@echo "compiling what has changed (everything: some minutes)"
 	$(PIP) --no-build-isolation --no-deps -e .
 	@mkdir -p build && echo $(abspath $(VENV)) > build/in-place
 	@touch $@

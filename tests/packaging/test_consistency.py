@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 
-from packaging_support import ROOT
+from packaging_support import ROOT, run
 
 import fastmoe_cpp
 from fastmoe_cpp import __main__ as commands
@@ -61,6 +61,11 @@ def test_commands_that_documents_name_exist() -> None:
     offered = set(re.findall(r"^    (\w+) ", help_text, re.MULTILINE))
     assert "doctor" in named and named <= offered == {"doctor", "bench"}
     assert commands.__doc__ is not None and offered == set(re.findall(r"python -m fastmoe_cpp (\w+)", commands.__doc__))
+
+
+def test_bench_hands_its_arguments_to_the_benchmark() -> None:
+    done = run("-m", "fastmoe_cpp", "bench", "--help")
+    assert done.returncode == 0 and "usage" in done.stdout and "--rounds" in done.stdout
 
 
 def test_paths_that_documents_name_exist() -> None:
