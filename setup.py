@@ -30,9 +30,10 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent.resolve()
 os.chdir(ROOT)
 LIBRARY = "fastmoe_cpp.libfastmoe_cpp"
-#: torch switches off CUDA's own operators and conversions of the 16-bit types; the kernels, which know no torch, use them.
+#: torch switches off CUDA's own operators and conversions of the 16-bit types; the kernels know no torch and use them.
 KEPT_OPERATORS = [
-    f"-U__CUDA_NO_{what}__" for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
+    f"-U__CUDA_NO_{what}__"
+    for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
 ]
 #: What C++ users include. Every other header is ours to change.
 PUBLIC_HEADERS = ["fastmoe_cpp.h", *(f"ops/{op}.h" for op in ("router", "dispatch", "experts", "combine", "losses"))]

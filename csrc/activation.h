@@ -11,7 +11,19 @@
 
 namespace fastmoe_cpp {
 
-enum class Activation : int { SwiGLU, GeGLU, GeGLUTanh, ReGLU, ClampedSwiGLU, SiLU, GELU, GELUTanh, ReLU, ReLU2, Count };
+enum class Activation : int {
+  SwiGLU,
+  GeGLU,
+  GeGLUTanh,
+  ReGLU,
+  ClampedSwiGLU,
+  SiLU,
+  GELU,
+  GELUTanh,
+  ReLU,
+  ReLU2,
+  Count
+};
 
 inline constexpr std::string_view kActivationNames[] = {"swiglu", "geglu", "geglu_tanh", "reglu", "clamped_swiglu",
                                                         "silu",   "gelu",  "gelu_tanh",  "relu",  "relu2"};
@@ -26,7 +38,9 @@ FASTMOE_HOST_DEVICE double erf_(double x) { return ::erf(x); }
 FASTMOE_HOST_DEVICE float tanh_(float x) { return tanhf(x); }
 FASTMOE_HOST_DEVICE double tanh_(double x) { return ::tanh(x); }
 template <typename T>
-FASTMOE_HOST_DEVICE T sigmoid(T x) { return T(1) / (T(1) + exp_(-x)); }
+FASTMOE_HOST_DEVICE T sigmoid(T x) {
+  return T(1) / (T(1) + exp_(-x));
+}
 }  // namespace activation_detail
 
 template <typename T>
@@ -49,7 +63,8 @@ FASTMOE_HOST_DEVICE ValueAndSlope<T> curve(T x, T alpha) {
   } else if constexpr (A == Activation::GeGLUTanh || A == Activation::GELUTanh) {
     const T c = T(0.79788456080286535588), k = T(0.044715);
     const T th = tanh_(c * (x + k * x * x * x));
-    return {T(0.5) * x * (T(1) + th), T(0.5) * (T(1) + th) + T(0.5) * x * (T(1) - th * th) * c * (T(1) + T(3) * k * x * x)};
+    return {T(0.5) * x * (T(1) + th),
+            T(0.5) * (T(1) + th) + T(0.5) * x * (T(1) - th * th) * c * (T(1) + T(3) * k * x * x)};
   } else if constexpr (A == Activation::ReGLU || A == Activation::ReLU) {
     // x != x keeps a NaN a NaN, as torch.relu does
     return {x > T(0) || x != x ? x : T(0), x > T(0) ? T(1) : T(0)};
@@ -85,7 +100,8 @@ FASTMOE_HOST_DEVICE ActivationGrad<T> activate_backward(T gate, T up, T grad, T 
     gate = gate_passes ? gate : limit;
     up = up > limit ? limit : (up < -limit ? -limit : up);
     const auto c = curve<A, T>(gate, alpha);
-    return {c.value * (up + T(1)), gate_passes ? grad * (up + T(1)) * c.slope : T(0), up_passes ? grad * c.value : T(0)};
+    return {c.value * (up + T(1)), gate_passes ? grad * (up + T(1)) * c.slope : T(0),
+            up_passes ? grad * c.value : T(0)};
   } else if constexpr (is_gated(A)) {
     const auto c = curve<A, T>(gate, alpha);
     return {c.value * up, grad * up * c.slope, grad * c.value};

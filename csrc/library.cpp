@@ -8,7 +8,8 @@
 TORCH_LIBRARY(fastmoe_cpp, m) {
   // router: hidden states -> logits -> K weights and K expert ids a token
   m.def("router_logits(Tensor hidden_states, Tensor weight, Tensor? bias=None) -> Tensor");
-  m.def("router_logits_backward(Tensor grad_logits, Tensor hidden_states, Tensor weight, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "router_logits_backward(Tensor grad_logits, Tensor hidden_states, Tensor weight, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
   m.def(
       "route(Tensor logits, int top_k, *, Tensor? expert_bias=None, Tensor? selection_scores=None, Tensor? topk_ids=None, "
       "str score_function='softmax', bool scores_after_topk=False, bool renormalize=True, float renormalize_epsilon=0.0, "
@@ -44,10 +45,12 @@ TORCH_LIBRARY(fastmoe_cpp, m) {
       "Tensor? pre_activation, str activation, float activation_alpha, float activation_limit, bool interleaved, "
       "bool weight_on_input, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("grouped_linear(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias=None) -> Tensor");
-  m.def("grouped_linear_backward(Tensor grad_output, Tensor rows, Tensor weight, Tensor expert_offsets, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "grouped_linear_backward(Tensor grad_output, Tensor rows, Tensor weight, Tensor expert_offsets, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");
 
   // combine: every token gathers its K rows and sums them by weight, in order of k
-  m.def("combine(Tensor rows, Tensor? topk_weights, Tensor slot_index, Tensor token_slot, Tensor expert_offsets) -> Tensor");
+  m.def(
+      "combine(Tensor rows, Tensor? topk_weights, Tensor slot_index, Tensor token_slot, Tensor expert_offsets) -> Tensor");
   m.def(
       "combine_backward(Tensor grad_output, Tensor rows, Tensor? topk_weights, Tensor slot_index, Tensor token_slot, "
       "Tensor expert_offsets, bool[2] output_mask) -> (Tensor, Tensor)");
@@ -55,7 +58,8 @@ TORCH_LIBRARY(fastmoe_cpp, m) {
   // losses beside the router
   m.def("expert_counts(Tensor topk_ids, int num_experts, Tensor? padding_mask=None) -> Tensor");
   m.def("balance_loss(Tensor scores, Tensor tokens_per_expert, float scale, Tensor? padding_mask=None) -> Tensor");
-  m.def("balance_loss_backward(Tensor grad_loss, Tensor scores, Tensor tokens_per_expert, float scale, Tensor? padding_mask) -> Tensor");
+  m.def(
+      "balance_loss_backward(Tensor grad_loss, Tensor scores, Tensor tokens_per_expert, float scale, Tensor? padding_mask) -> Tensor");
   m.def("z_loss(Tensor logits, float scale=1.0, Tensor? padding_mask=None) -> Tensor");
   m.def("z_loss_backward(Tensor grad_loss, Tensor logits, float scale, Tensor? padding_mask) -> Tensor");
   m.def("update_expert_bias(Tensor(a!) expert_bias, Tensor tokens_per_expert, float rate, bool zero_mean=False) -> ()");

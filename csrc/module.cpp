@@ -35,7 +35,8 @@ py::dict build_info() {
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   using namespace fastmoe_cpp;
   using namespace pybind11::literals;
-  m.doc() = "The C++ autograd functions of fastmoe_cpp. T tokens, H hidden, I intermediate, E experts, K experts a token.";
+  m.doc() =
+      "The C++ autograd functions of fastmoe_cpp. T tokens, H hidden, I intermediate, E experts, K experts a token.";
   m.def("build_info", &build_info, "What this library was built for: torch, python, compiler, cuda (or None), hopper.");
 
   m.def("router_logits", &router_logits, "hidden_states"_a, "weight"_a, "bias"_a = py::none(),
@@ -50,9 +51,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
                      renormalize, renormalize_epsilon, scaling_factor, num_groups, topk_groups, group_score);
       },
       "logits"_a, "top_k"_a, py::kw_only(), "expert_bias"_a = py::none(), "selection_scores"_a = py::none(),
-      "topk_ids"_a = py::none(), "score_function"_a = "softmax", "scores_after_topk"_a = false,
-      "renormalize"_a = true, "renormalize_epsilon"_a = 0.0, "scaling_factor"_a = 1.0, "num_groups"_a = 1,
-      "topk_groups"_a = 1, "group_score"_a = "max",
+      "topk_ids"_a = py::none(), "score_function"_a = "softmax", "scores_after_topk"_a = false, "renormalize"_a = true,
+      "renormalize_epsilon"_a = 0.0, "scaling_factor"_a = 1.0, "num_groups"_a = 1, "topk_groups"_a = 1,
+      "group_score"_a = "max",
       "logits [T, E] -> (topk_weights [T, K], topk_ids [T, K] int64, scores [T, E]). Ties go to the lower id, NaN ranks "
       "last; expert_bias and selection_scores only select; a given topk_ids is replayed.");
   m.def("sinkhorn", &sinkhorn, "logits"_a, "iterations"_a = 0, "tolerance"_a = 1e-4,

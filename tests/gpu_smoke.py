@@ -1,6 +1,6 @@
 """Every CUDA operator once, forward and backward, at odd sizes and in every type: what the sanitizers run.
 
-    compute-sanitizer --tool memcheck python tests/gpu_smoke.py
+compute-sanitizer --tool memcheck python tests/gpu_smoke.py
 """
 
 from __future__ import annotations

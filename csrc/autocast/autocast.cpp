@@ -49,12 +49,24 @@ void keep_types(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   op.callBoxed(stack);
 }
 
-constexpr const char* kKeepTypes[] = {"router_logits",    "router_logits_backward", "route",
-                                      "route_backward",   "sinkhorn",               "dispatch",
-                                      "gather",           "gather_backward",        "experts_forward",
-                                      "experts_backward", "grouped_linear_backward", "combine",
-                                      "combine_backward", "expert_counts",          "balance_loss",
-                                      "balance_loss_backward", "z_loss",            "z_loss_backward",
+constexpr const char* kKeepTypes[] = {"router_logits",
+                                      "router_logits_backward",
+                                      "route",
+                                      "route_backward",
+                                      "sinkhorn",
+                                      "dispatch",
+                                      "gather",
+                                      "gather_backward",
+                                      "experts_forward",
+                                      "experts_backward",
+                                      "grouped_linear_backward",
+                                      "combine",
+                                      "combine_backward",
+                                      "expert_counts",
+                                      "balance_loss",
+                                      "balance_loss_backward",
+                                      "z_loss",
+                                      "z_loss_backward",
                                       "update_expert_bias"};
 
 template <c10::DeviceType kDevice>

@@ -16,8 +16,8 @@ struct Combine : torch::autograd::Function<Combine> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const Wanted wanted(ctx, {true, saved[1].defined()});
-    const auto [rows, weights] = combine_backward(grads[0], saved[0], optional(saved[1]), saved[2], saved[3], saved[4],
-                                                  {wanted(0), wanted(1)});
+    const auto [rows, weights] =
+        combine_backward(grads[0], saved[0], optional(saved[1]), saved[2], saved[3], saved[4], {wanted(0), wanted(1)});
     return {grad_or_none(rows, wanted(0)), grad_or_none(weights, wanted(1)), Tensor(), Tensor(), Tensor()};
   }
 };

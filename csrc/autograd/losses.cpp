@@ -16,9 +16,9 @@ struct BalanceLoss : torch::autograd::Function<BalanceLoss> {
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
-    return {balance_loss_backward(grads[0], saved[0], saved[1], ctx->saved_data["scale"].toDouble(),
-                                  optional(saved[2])),
-            Tensor(), Tensor(), Tensor()};
+    return {
+        balance_loss_backward(grads[0], saved[0], saved[1], ctx->saved_data["scale"].toDouble(), optional(saved[2])),
+        Tensor(), Tensor(), Tensor()};
   }
 };
 

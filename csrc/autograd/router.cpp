@@ -67,11 +67,13 @@ struct Route : torch::autograd::Function<Route> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> route_autograd(
-    const Tensor& logits, int64_t top_k, const OptionalTensor& expert_bias, const OptionalTensor& selection_scores,
-    const OptionalTensor& topk_ids, std::string_view score_function, bool scores_after_topk, bool renormalize,
-    double renormalize_epsilon, double scaling_factor, int64_t num_groups, int64_t topk_groups,
-    std::string_view group_score) {
+std::tuple<Tensor, Tensor, Tensor> route_autograd(const Tensor& logits, int64_t top_k,
+                                                  const OptionalTensor& expert_bias,
+                                                  const OptionalTensor& selection_scores,
+                                                  const OptionalTensor& topk_ids, std::string_view score_function,
+                                                  bool scores_after_topk, bool renormalize, double renormalize_epsilon,
+                                                  double scaling_factor, int64_t num_groups, int64_t topk_groups,
+                                                  std::string_view group_score) {
   if (recording({&logits})) {
     // Bias and selection scores choose experts; a gradient never flows to them.
     auto out = Route::apply(logits, top_k, expert_bias ? OptionalTensor(expert_bias->detach()) : expert_bias,

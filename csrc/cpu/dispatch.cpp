@@ -134,8 +134,10 @@ Tensor gather(const Tensor& hidden_states, const Tensor& slot_index, const Tenso
   auto* to = static_cast<char*>(rows.mutable_data_ptr());
   for_rows(plan.slots(), x.size(1), [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
-      if (s < plan.served) std::memcpy(to + s * bytes, from + plan.token(s) * bytes, bytes);
-      else std::memset(to + s * bytes, 0, bytes);
+      if (s < plan.served)
+        std::memcpy(to + s * bytes, from + plan.token(s) * bytes, bytes);
+      else
+        std::memset(to + s * bytes, 0, bytes);
     }
   });
   return rows;

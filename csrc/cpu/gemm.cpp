@@ -10,12 +10,16 @@ namespace fastmoe_cpp::cpu {
 template <typename A>
 void blas(int64_t m, int64_t n, int64_t k, Matrix<const A> a, Matrix<const A> b, Matrix<A> c, bool accumulate) {
   const auto view = [](const A* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride) {
-    return at::from_blob(const_cast<A*>(data), {rows, columns}, {row_stride, column_stride}, c10::CppTypeToScalarType<A>::value);
+    return at::from_blob(const_cast<A*>(data), {rows, columns}, {row_stride, column_stride},
+                         c10::CppTypeToScalarType<A>::value);
   };
-  const auto x = view(a.data, m, k, a.row_stride, a.column_stride), y = view(b.data, k, n, b.row_stride, b.column_stride);
+  const auto x = view(a.data, m, k, a.row_stride, a.column_stride),
+             y = view(b.data, k, n, b.row_stride, b.column_stride);
   auto out = view(c.data, m, n, c.row_stride, c.column_stride);
-  if (accumulate) at::cpu::addmm_out(out, out, x, y, 1, 1);
-  else at::cpu::mm_out(out, x, y);
+  if (accumulate)
+    at::cpu::addmm_out(out, out, x, y, 1, 1);
+  else
+    at::cpu::mm_out(out, x, y);
 }
 template void blas<float>(int64_t, int64_t, int64_t, Matrix<const float>, Matrix<const float>, Matrix<float>, bool);
 template void blas<double>(int64_t, int64_t, int64_t, Matrix<const double>, Matrix<const double>, Matrix<double>, bool);

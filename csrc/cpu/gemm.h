@@ -22,7 +22,9 @@ struct Matrix {
 };
 
 template <typename T>
-Matrix<T> rows_of(T* data, int64_t stride) { return {data, stride, 1}; }
+Matrix<T> rows_of(T* data, int64_t stride) {
+  return {data, stride, 1};
+}
 
 // c [m, n] = a [m, k] @ b [k, n], or c += it. A = float or double.
 template <typename A>
@@ -62,8 +64,10 @@ void multiply(Scratch& scratch, int64_t m, int64_t n, int64_t k, Matrix<const TA
     for (int64_t k0 = 0; k0 < k; k0 += kDepth) {
       const int64_t depth = std::min(kDepth, k - k0);
       Matrix<const A> left{};
-      if constexpr (std::is_same_v<TA, A>) left = a.at(0, k0);
-      else left = converted<T>(m, depth, a.at(0, k0), scratch.get<A>(kLeft, m * std::min(kDepth, k)));
+      if constexpr (std::is_same_v<TA, A>)
+        left = a.at(0, k0);
+      else
+        left = converted<T>(m, depth, a.at(0, k0), scratch.get<A>(kLeft, m * std::min(kDepth, k)));
       for (int64_t n0 = 0; n0 < n; n0 += kColumns) {
         const int64_t columns = std::min(kColumns, n - n0);
         const auto right = converted<T>(depth, columns, b.at(k0, n0), scratch.get<A>(kRight, kDepth * kColumns));

@@ -34,8 +34,10 @@ double total(const std::vector<double>& parts) {
 Tensor scalar(double value, const Tensor& like) {
   const auto type = accumulate_type(like.scalar_type());
   Tensor out = at::empty({}, like.options().dtype(type));
-  if (type == at::kDouble) *out.mutable_data_ptr<double>() = value;
-  else *out.mutable_data_ptr<float>() = static_cast<float>(value);
+  if (type == at::kDouble)
+    *out.mutable_data_ptr<double>() = value;
+  else
+    *out.mutable_data_ptr<float>() = static_cast<float>(value);
   return out;
 }
 

@@ -189,8 +189,14 @@ template <typename A>
 class Selector {
  public:
   Selector(int64_t experts, int64_t top_k, int64_t groups, int64_t topk_groups, GroupScore group_score)
-      : experts_(experts), top_k_(top_k), groups_(groups), topk_groups_(topk_groups), group_score_(group_score),
-        ranks_(std::max(experts, groups)), order_(std::max(experts, groups)), group_keys_(groups) {}
+      : experts_(experts),
+        top_k_(top_k),
+        groups_(groups),
+        topk_groups_(topk_groups),
+        group_score_(group_score),
+        ranks_(std::max(experts, groups)),
+        order_(std::max(experts, groups)),
+        group_keys_(groups) {}
 
   // The ids of the top_k largest keys; masks `keys` where groups are limited.
   void select(A* keys, int64_t* ids) {
@@ -205,9 +211,8 @@ class Selector {
     for (int64_t i = 0; i < n; ++i) ranks_[i] = rank_of(keys[i]);
     if (count > 32) {
       std::iota(order_.begin(), order_.begin() + n, 0);
-      std::partial_sort(order_.begin(), order_.begin() + count, order_.begin() + n, [&](int64_t a, int64_t b) {
-        return ranks_[a] != ranks_[b] ? ranks_[a] > ranks_[b] : a < b;
-      });
+      std::partial_sort(order_.begin(), order_.begin() + count, order_.begin() + n,
+                        [&](int64_t a, int64_t b) { return ranks_[a] != ranks_[b] ? ranks_[a] > ranks_[b] : a < b; });
       return;
     }
     int64_t found = 0;
@@ -226,8 +231,10 @@ class Selector {
     for (int64_t g = 0; g < groups_; ++g) {
       A best = kNone, second = kNone;
       for (int64_t e = g * size; e < (g + 1) * size; ++e) {
-        if (keys[e] > best) second = best, best = keys[e];
-        else if (keys[e] > second) second = keys[e];
+        if (keys[e] > best)
+          second = best, best = keys[e];
+        else if (keys[e] > second)
+          second = keys[e];
       }
       group_keys_[g] = group_score_ == GroupScore::Max || size == 1 ? best : best + second;
     }
@@ -300,8 +307,7 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits_, int64_t top_k, c
           std::copy_n(source, experts, keys.data());
           if (source == y && f == ScoreFunction::Softmax && y[0] != y[0]) {
             // one NaN logit must not take its row's other experts with it
-            for (int64_t e = 0; e < experts; ++e)
-              keys[e] = x[e] == x[e] ? x[e] : -std::numeric_limits<A>::infinity();
+            for (int64_t e = 0; e < experts; ++e) keys[e] = x[e] == x[e] ? x[e] : -std::numeric_limits<A>::infinity();
             score(f, experts, keys.data(), keys.data());
             for (int64_t e = 0; e < experts; ++e)
               if (x[e] != x[e]) keys[e] = std::numeric_limits<A>::quiet_NaN();
@@ -309,8 +315,10 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits_, int64_t top_k, c
           for (int64_t e = 0; b && e < experts; ++e) keys[e] += b[e];
           selector.select(keys.data(), id);
         }
-        if (scores_after_topk) score_selected(f, top_k, id, x, kept.data(), w);
-        else for (int64_t k = 0; k < top_k; ++k) w[k] = id[k] >= 0 ? y[id[k]] : A(0);
+        if (scores_after_topk)
+          score_selected(f, top_k, id, x, kept.data(), w);
+        else
+          for (int64_t k = 0; k < top_k; ++k) w[k] = id[k] >= 0 ? y[id[k]] : A(0);
         A divisor = 1;
         if (renormalize) {
           A sum = 0;
@@ -325,9 +333,9 @@ std::tuple<Tensor, Tensor, Tensor> route(const Tensor& logits_, int64_t top_k, c
   return {weights, ids, scores};
 }
 
-Tensor route_backward(const OptionalTensor& grad_topk_weights, const OptionalTensor& grad_scores,
-                      const Tensor& logits_, const Tensor& topk_ids, std::string_view score_function,
-                      bool scores_after_topk, bool renormalize, double renormalize_epsilon, double scaling_factor) {
+Tensor route_backward(const OptionalTensor& grad_topk_weights, const OptionalTensor& grad_scores, const Tensor& logits_,
+                      const Tensor& topk_ids, std::string_view score_function, bool scores_after_topk, bool renormalize,
+                      double renormalize_epsilon, double scaling_factor) {
   check_route_backward(grad_topk_weights, grad_scores, logits_, topk_ids, score_function);
   const auto f = parse_score_function(score_function);
   const auto type = accumulate_type(logits_.scalar_type());
@@ -348,12 +356,16 @@ Tensor route_backward(const OptionalTensor& grad_topk_weights, const OptionalTen
         A* out = grad.mutable_data_ptr<A>() + t * experts;
         const bool through_all = gs || (gw && !scores_after_topk);
         if (through_all) score(f, experts, x, y.data());
-        if (gs) std::copy_n(gs + t * experts, experts, dy.data());
-        else std::fill(dy.begin(), dy.end(), A(0));
+        if (gs)
+          std::copy_n(gs + t * experts, experts, dy.data());
+        else
+          std::fill(dy.begin(), dy.end(), A(0));
         std::fill_n(out, experts, A(0));
         if (gw) {
-          if (scores_after_topk) score_selected(f, top_k, id, x, kept.data(), w.data());
-          else for (int64_t k = 0; k < top_k; ++k) w[k] = id[k] >= 0 ? y[id[k]] : A(0);
+          if (scores_after_topk)
+            score_selected(f, top_k, id, x, kept.data(), w.data());
+          else
+            for (int64_t k = 0; k < top_k; ++k) w[k] = id[k] >= 0 ? y[id[k]] : A(0);
           A total = 1, inner = 0;
           if (renormalize) {
             total = static_cast<A>(renormalize_epsilon);

@@ -24,15 +24,19 @@ void with_floating(at::ScalarType type, const F& f) {
 // As with_floating, for tensors in which sums are kept.
 template <typename F>
 void with_accumulator(at::ScalarType type, const F& f) {
-  if (type == at::kDouble) f(double(0));
-  else f(float(0));
+  if (type == at::kDouble)
+    f(double(0));
+  else
+    f(float(0));
 }
 
 template <typename T>
 T* pointer_or_null(const at::Tensor& t) {
   if (!t.defined()) return nullptr;
-  if constexpr (std::is_const_v<T>) return t.const_data_ptr<std::remove_const_t<T>>();
-  else return t.mutable_data_ptr<T>();
+  if constexpr (std::is_const_v<T>)
+    return t.const_data_ptr<std::remove_const_t<T>>();
+  else
+    return t.mutable_data_ptr<T>();
 }
 
 }  // namespace fastmoe_cpp::cpu

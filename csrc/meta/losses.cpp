@@ -6,17 +6,14 @@
 namespace fastmoe_cpp::meta {
 namespace {
 
-Tensor scalar(const Tensor& like) {
-  return at::empty({}, like.options().dtype(accumulate_type(like.scalar_type())));
-}
+Tensor scalar(const Tensor& like) { return at::empty({}, like.options().dtype(accumulate_type(like.scalar_type()))); }
 
 Tensor expert_counts(const Tensor& topk_ids, int64_t num_experts, const OptionalTensor& padding_mask) {
   check_expert_counts(topk_ids, num_experts, padding_mask);
   return at::empty_symint({topk_ids.sym_size(0), num_experts}, topk_ids.options().dtype(at::kLong));
 }
 
-Tensor balance_loss(const Tensor& scores, const Tensor& tokens_per_expert, double,
-                    const OptionalTensor& padding_mask) {
+Tensor balance_loss(const Tensor& scores, const Tensor& tokens_per_expert, double, const OptionalTensor& padding_mask) {
   check_balance_loss(scores, tokens_per_expert, padding_mask);
   return scalar(scores);
 }

@@ -79,10 +79,9 @@ RouterImpl::Output RouterImpl::forward(const at::Tensor& hidden_states, const st
   std::optional<at::Tensor> selection;
   if (r.sinkhorn() && is_training() && !topk_ids)
     selection = sinkhorn(logits, r.sinkhorn_iterations(), r.sinkhorn_tolerance());
-  auto [weights, ids, scores] =
-      route(logits, options.top_k(), optional(expert_bias), selection, topk_ids, r.score_function(),
-            r.scores_after_topk(), r.renormalize(), r.renormalize_epsilon(), r.scaling_factor(), r.num_groups(),
-            r.topk_groups(), r.group_score());
+  auto [weights, ids, scores] = route(
+      logits, options.top_k(), optional(expert_bias), selection, topk_ids, r.score_function(), r.scores_after_topk(),
+      r.renormalize(), r.renormalize_epsilon(), r.scaling_factor(), r.num_groups(), r.topk_groups(), r.group_score());
   return {logits, weights, ids, scores};
 }
 
@@ -187,8 +186,8 @@ void MoEImpl::reset_parameters() {
 MoEImpl::Pass MoEImpl::run(const at::Tensor& hidden_states, const std::optional<at::Tensor>& padding_mask,
                            const std::optional<at::Tensor>& topk_ids) {
   const int64_t hidden = options.hidden_size();
-  TORCH_CHECK_VALUE(hidden_states.dim() >= 1 && hidden_states.size(-1) == hidden, "hidden_states must have shape [..., ",
-                    hidden, "], got ", hidden_states.sizes());
+  TORCH_CHECK_VALUE(hidden_states.dim() >= 1 && hidden_states.size(-1) == hidden,
+                    "hidden_states must have shape [..., ", hidden, "], got ", hidden_states.sizes());
   auto leading = hidden_states.sizes().vec();
   leading.pop_back();
   auto x = hidden_states.reshape({-1, hidden});
@@ -214,11 +213,10 @@ MoEImpl::Pass MoEImpl::run(const at::Tensor& hidden_states, const std::optional<
   pass.routing = router->forward(routed, replayed);
   const auto weights = pass.routing.topk_weights.to(accumulate_type(hidden_states.scalar_type()));
   const auto capacity = options.capacity(x.size(0), is_training());
-  auto [slot_index, token_slot, expert_offsets, tokens_per_expert] =
-      dispatch(pass.routing.topk_ids, options.num_experts(),
-               options.drop_policy() == "probs" ? std::optional(weights.detach()) : std::nullopt,
-               capacity ? std::optional<c10::SymInt>(*capacity) : std::nullopt, options.drop_policy(),
-               pass.padding_mask);
+  auto [slot_index, token_slot, expert_offsets, tokens_per_expert] = dispatch(
+      pass.routing.topk_ids, options.num_experts(),
+      options.drop_policy() == "probs" ? std::optional(weights.detach()) : std::nullopt,
+      capacity ? std::optional<c10::SymInt>(*capacity) : std::nullopt, options.drop_policy(), pass.padding_mask);
   router->count(tokens_per_expert);
   pass.token_slot = token_slot;
   pass.tokens_per_expert = tokens_per_expert;
@@ -234,7 +232,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> MoEImpl::losses(const Pass& pass)
   if (r.score_function() != "softmax") probs = probs / (probs.sum(-1, true) + 1e-20);
   auto ids = pass.routing.topk_ids;
   if (r.expert_bias() || r.num_groups() > 1 || r.sinkhorn())  // the choices the probabilities alone would make
-    ids = std::get<1>(route(probs.detach(), options.top_k(), std::nullopt, std::nullopt, std::nullopt, "softmax", true));
+    ids =
+        std::get<1>(route(probs.detach(), options.top_k(), std::nullopt, std::nullopt, std::nullopt, "softmax", true));
   std::optional<at::Tensor> mask;
   if (pass.padding_mask) mask = pass.padding_mask->unsqueeze(0);
   const auto tokens = mask ? mask->logical_not().sum(1, true).clamp_min(1)

@@ -22,7 +22,8 @@ torch::OrderedDict<std::string, at::Tensor> tensors_of(const torch::nn::Module& 
 
 void save_state_dict(const torch::nn::Module& module, const std::string& path) {
   c10::Dict<std::string, at::Tensor> state;
-  for (const auto& item : tensors_of(module)) state.insert(item.key(), item.value().detach().cpu().contiguous().clone());
+  for (const auto& item : tensors_of(module))
+    state.insert(item.key(), item.value().detach().cpu().contiguous().clone());
   // torch::pickle_save tags a dictionary with its TorchScript type, which torch.load(weights_only=True) refuses.
   std::vector<char> pickled;
   torch::jit::Pickler pickler(

@@ -34,9 +34,9 @@ inline bool has(const OptionalTensor& t) { return t.has_value() && t->defined();
 void check_router_logits(const Tensor& hidden_states, const Tensor& weight, const OptionalTensor& bias);
 void check_router_logits_backward(const Tensor& grad_logits, const Tensor& hidden_states, const Tensor& weight);
 void check_route(const Tensor& logits, int64_t top_k, const OptionalTensor& expert_bias,
-                 const OptionalTensor& selection_scores, const OptionalTensor& topk_ids, std::string_view score_function,
-                 double renormalize_epsilon, double scaling_factor, int64_t num_groups, int64_t topk_groups,
-                 std::string_view group_score);
+                 const OptionalTensor& selection_scores, const OptionalTensor& topk_ids,
+                 std::string_view score_function, double renormalize_epsilon, double scaling_factor, int64_t num_groups,
+                 int64_t topk_groups, std::string_view group_score);
 void check_route_backward(const OptionalTensor& grad_topk_weights, const OptionalTensor& grad_scores,
                           const Tensor& logits, const Tensor& topk_ids, std::string_view score_function);
 void check_sinkhorn(const Tensor& logits, int64_t iterations, double tolerance);

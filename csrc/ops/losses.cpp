@@ -33,8 +33,9 @@ void check_balance_loss(const Tensor& scores, const Tensor& tokens_per_expert, c
   dims(n, 2, "[S, E]");
   size_is(n, 0, s.size(0), "[S, E] for scores [S, L, E]");
   size_is(n, 1, s.size(2), "[S, E] for scores [S, L, E]");
-  TORCH_CHECK_TYPE(n.t.scalar_type() == at::kLong || n.t.scalar_type() == at::kFloat || n.t.scalar_type() == at::kDouble,
-                   "tokens_per_expert must be int64, float32 or float64, got ", n.t.scalar_type());
+  TORCH_CHECK_TYPE(
+      n.t.scalar_type() == at::kLong || n.t.scalar_type() == at::kFloat || n.t.scalar_type() == at::kDouble,
+      "tokens_per_expert must be int64, float32 or float64, got ", n.t.scalar_type());
   same_device(n, s);
   padding(padding_mask, s, 2, "[S, L] for scores [S, L, E]");
 }
@@ -64,8 +65,9 @@ void check_update_expert_bias(const Tensor& expert_bias, const Tensor& tokens_pe
   size_is(n, 0, b.size(0), "[E] as expert_bias");
   TORCH_CHECK_TYPE(b.t.scalar_type() == at::kFloat || b.t.scalar_type() == at::kDouble,
                    "expert_bias must be float32 or float64, got ", b.t.scalar_type());
-  TORCH_CHECK_TYPE(n.t.scalar_type() == at::kLong || n.t.scalar_type() == at::kFloat || n.t.scalar_type() == at::kDouble,
-                   "tokens_per_expert must be int64, float32 or float64, got ", n.t.scalar_type());
+  TORCH_CHECK_TYPE(
+      n.t.scalar_type() == at::kLong || n.t.scalar_type() == at::kFloat || n.t.scalar_type() == at::kDouble,
+      "tokens_per_expert must be int64, float32 or float64, got ", n.t.scalar_type());
   same_device(n, b);
 }
 

@@ -34,9 +34,9 @@ void check_router_logits_backward(const Tensor& grad_logits, const Tensor& hidde
 }
 
 void check_route(const Tensor& logits, int64_t top_k, const OptionalTensor& expert_bias,
-                 const OptionalTensor& selection_scores, const OptionalTensor& topk_ids, std::string_view score_function,
-                 double renormalize_epsilon, double scaling_factor, int64_t num_groups, int64_t topk_groups,
-                 std::string_view group_score) {
+                 const OptionalTensor& selection_scores, const OptionalTensor& topk_ids,
+                 std::string_view score_function, double renormalize_epsilon, double scaling_factor, int64_t num_groups,
+                 int64_t topk_groups, std::string_view group_score) {
   const Arg l{logits, "logits"};
   dims(l, 2, "[T, E]");
   floating(l);

@@ -2,9 +2,9 @@
 #pragma once
 #include <ATen/core/dispatch/Dispatcher.h>
 
-#define FASTMOE_OP(name)                                                                              \
-  ([]() -> const auto& {                                                                              \
-    static const auto op =                                                                            \
+#define FASTMOE_OP(name)                                                                                   \
+  ([]() -> const auto& {                                                                                   \
+    static const auto op =                                                                                 \
         c10::Dispatcher::singleton().findSchemaOrThrow("fastmoe_cpp::" #name, "").typed<decltype(name)>(); \
-    return op;                                                                                        \
+    return op;                                                                                             \
   }())

@@ -27,7 +27,8 @@ NaivePlan naive_plan(const std::vector<int64_t>& ids, int64_t top_k, int64_t exp
     for (size_t p = 0; p < ids.size(); ++p)
       if (ids[p] == e && !padding[p / static_cast<size_t>(top_k)]) pairs.push_back(p);
     plan.tokens_per_expert.push_back(static_cast<int64_t>(pairs.size()));
-    if (by_weight) std::stable_sort(pairs.begin(), pairs.end(), [&](size_t a, size_t b) { return weights[a] > weights[b]; });
+    if (by_weight)
+      std::stable_sort(pairs.begin(), pairs.end(), [&](size_t a, size_t b) { return weights[a] > weights[b]; });
     if (static_cast<int64_t>(pairs.size()) > capacity) pairs.resize(static_cast<size_t>(capacity));
     std::sort(pairs.begin(), pairs.end());
     for (size_t p : pairs) {

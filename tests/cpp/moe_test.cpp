@@ -150,7 +150,8 @@ TEST(losses_equal_their_formulas_and_reach_the_router) {
   close(out.aux_loss, 0.3 * out.balance_loss + 0.2 * out.z_loss);
 
   // forward adds the same gradient to whatever flows back through its output, scaled
-  const auto expected = torch::autograd::grad({out.hidden_states.sum() + 0.5 * out.aux_loss}, {layer->router->weight})[0];
+  const auto expected =
+      torch::autograd::grad({out.hidden_states.sum() + 0.5 * out.aux_loss}, {layer->router->weight})[0];
   layer->aux_loss_scale = 0.5;
   layer->train();
   close(torch::autograd::grad({layer(x).sum()}, {layer->router->weight})[0], expected);
@@ -189,8 +190,8 @@ TEST(shared_experts_are_added) {
 
 TEST(shared_experts_have_every_activation) {
   const auto x = torch::randn({5, 8}, torch::kDouble);
-  for (const char* name : {"swiglu", "geglu", "geglu_tanh", "reglu", "clamped_swiglu", "silu", "gelu", "gelu_tanh",
-                           "relu", "relu2"}) {
+  for (const char* name :
+       {"swiglu", "geglu", "geglu_tanh", "reglu", "clamped_swiglu", "silu", "gelu", "gelu_tanh", "relu", "relu2"}) {
     // One routed expert with the shared ones' weights computes the same.
     auto layer = layer_of(MoEOptions(8, 6, 1).top_k(1).activation(name).shared_intermediate_size(6));
     torch::NoGradGuard guard;
@@ -210,7 +211,8 @@ TEST(bad_options_are_one_sentence) {
   CHECK_THROWS(c10::ValueError, MoE(MoEOptions(8, 8, 4).activation("relu").interleaved(true)), "interleaved", "relu");
   CHECK_THROWS(c10::ValueError, MoE(MoEOptions(8, 8, 4).shared_expert_gate(true)), "shared_expert_gate");
   CHECK_THROWS(c10::ValueError, MoE(MoEOptions(8, 8, 6).router(RouterOptions().num_groups(4))), "num_groups", "got 4");
-  CHECK_THROWS(c10::ValueError, MoE(MoEOptions(8, 8, 8).top_k(3).router(RouterOptions().num_groups(4))), "top_k", "got 3");
+  CHECK_THROWS(c10::ValueError, MoE(MoEOptions(8, 8, 8).top_k(3).router(RouterOptions().num_groups(4))), "top_k",
+               "got 3");
   CHECK_THROWS(c10::ValueError, MoE(MoEOptions(8, 8, 4).router(RouterOptions().score_function("max"))),
                "score_function", "got 'max'");
 }

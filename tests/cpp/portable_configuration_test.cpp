@@ -27,7 +27,8 @@ void for_products(Body body) {
             for (int64_t columns : {1, 7, 64, 129, 896, 14336})
               for (bool gated : {false, true})
                 for (bool vectorised : {false, true})
-                  body(Product{kind, dtype, slots, experts, columns, columns, 768, gated, vectorised && columns % 8 == 0},
+                  body(Product{kind, dtype, slots, experts, columns, columns, 768, gated,
+                               vectorised && columns % 8 == 0},
                        device);
 }
 
@@ -57,8 +58,15 @@ TEST(portable_tiles_cover_every_spread_of_slots) {
     int64_t slots = 0;
     for (auto& size : sizes) slots += size = random() % 3 == 0 ? 0 : static_cast<int64_t>(random() % 500);
     const int64_t columns = 1 + static_cast<int64_t>(random() % 600);
-    const Product p{kKinds[random() % 4], random() % 2 ? DType::bf16 : DType::f32, slots, experts, 0, columns, 64,
-                    random() % 2 == 0, random() % 2 == 0};
+    const Product p{kKinds[random() % 4],
+                    random() % 2 ? DType::bf16 : DType::f32,
+                    slots,
+                    experts,
+                    0,
+                    columns,
+                    64,
+                    random() % 2 == 0,
+                    random() % 2 == 0};
     const auto c = configure(p, kDevices[random() % 4]);
     int64_t row_tiles = 0;
     for (int64_t size : sizes) row_tiles += ceil_div(size, c.tile_rows);

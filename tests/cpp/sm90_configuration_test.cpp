@@ -9,9 +9,12 @@ using fastmoe_cpp::cuda::DType;
 using fastmoe_cpp::cuda::ExpertShape;
 using namespace fastmoe_cpp::cuda::sm90;
 
-constexpr Product kProducts[] = {Product::up,         Product::down,
-                                 Product::act_grad,   Product::input_grad,
-                                 Product::gate_up_weight_grad, Product::down_weight_grad};
+constexpr Product kProducts[] = {Product::up,
+                                 Product::down,
+                                 Product::act_grad,
+                                 Product::input_grad,
+                                 Product::gate_up_weight_grad,
+                                 Product::down_weight_grad};
 
 ExpertShape shape_of(int64_t tokens, int64_t hidden, int64_t intermediate, int experts, int top_k) {
   return {DType::bf16, tokens, hidden, intermediate, experts, top_k, Activation::SwiGLU, 1.702f, 7.0f, false, false};

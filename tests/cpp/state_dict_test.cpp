@@ -25,7 +25,8 @@ struct File {
 };
 
 MoEOptions options() {
-  return MoEOptions(8, 6, 4).bias(true).shared_intermediate_size(5).router(RouterOptions().bias(true).expert_bias(true));
+  return MoEOptions(8, 6, 4).bias(true).shared_intermediate_size(5).router(
+      RouterOptions().bias(true).expert_bias(true));
 }
 
 }  // namespace

@@ -17,9 +17,9 @@ struct ExpertShape {
   int64_t tokens, hidden, intermediate;  // T, H, I
   int experts, top_k;                    // E, K
   Activation activation;
-  double alpha, limit;    // ClampedSwiGLU only
-  bool interleaved;       // gate and up rows alternate in gate_up_proj and its bias (never in pre_activation)
-  bool weight_on_input;   // the routing weight scales the up projection's result instead of the down projection's
+  double alpha, limit;   // ClampedSwiGLU only
+  bool interleaved;      // gate and up rows alternate in gate_up_proj and its bias (never in pre_activation)
+  bool weight_on_input;  // the routing weight scales the up projection's result instead of the down projection's
   int64_t slots() const { return tokens * top_k; }
   int64_t up_rows() const { return is_gated(activation) ? 2 * intermediate : intermediate; }
 };
@@ -75,19 +75,21 @@ struct WeightGradParams {
   void *grad, *grad_bias;    // gate_up: [E, up_rows, H], [E, up_rows]; down: [E, H, I], [E, H]; null where not wanted
 };
 
-#define FASTMOE_EXPERT_LAUNCHES                                    \
-  cudaError_t up(const UpParams&, cudaStream_t);                   \
-  cudaError_t down(const DownParams&, cudaStream_t);               \
-  cudaError_t act_grad(const ActGradParams&, cudaStream_t);        \
-  cudaError_t input_grad(const InputGradParams&, cudaStream_t);    \
+#define FASTMOE_EXPERT_LAUNCHES                                           \
+  cudaError_t up(const UpParams&, cudaStream_t);                          \
+  cudaError_t down(const DownParams&, cudaStream_t);                      \
+  cudaError_t act_grad(const ActGradParams&, cudaStream_t);               \
+  cudaError_t input_grad(const InputGradParams&, cudaStream_t);           \
   cudaError_t gate_up_weight_grad(const WeightGradParams&, cudaStream_t); \
   cudaError_t down_weight_grad(const WeightGradParams&, cudaStream_t);
 
-namespace portable { FASTMOE_EXPERT_LAUNCHES }
+namespace portable {
+FASTMOE_EXPERT_LAUNCHES
+}
 namespace sm90 {
 bool supports(const ExpertShape&);  // dtype, alignment of H and I
 FASTMOE_EXPERT_LAUNCHES
-}
+}  // namespace sm90
 #undef FASTMOE_EXPERT_LAUNCHES
 
 }  // namespace fastmoe_cpp::cuda

@@ -27,8 +27,8 @@ struct Product {
   int64_t slots;
   int experts;
   int64_t rows, columns, contraction;  // rows: weight_grad's; contraction: the others'
-  bool gated;      // up: a column is a pair of weight rows
-  bool vectorised; // every row starts at a multiple of 16 bytes, and sizes are multiples of 8
+  bool gated;                          // up: a column is a pair of weight rows
+  bool vectorised;                     // every row starts at a multiple of 16 bytes, and sizes are multiples of 8
 };
 
 struct Device {

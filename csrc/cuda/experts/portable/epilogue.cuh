@@ -101,7 +101,7 @@ __device__ __forceinline__ void up_epilogue(const Arguments& args, const Tile& t
   const int64_t pre_stride = kGated ? 2 * int64_t{args.columns} : args.columns;
   const T* bias = static_cast<const T*>(args.bias) + (args.bias ? tile.expert * pre_stride : 0);
   T *pre = static_cast<T*>(args.pre), *act = static_cast<T*>(args.out);
-  const A *weights = static_cast<const A*>(args.weights);
+  const A* weights = static_cast<const A*>(args.weights);
   const A alpha = static_cast<A>(args.alpha), limit = static_cast<A>(args.limit);
 
   for_each_row<kSwiGLU>(mma, [&](int sums, int block, int r) {
@@ -111,7 +111,8 @@ __device__ __forceinline__ void up_epilogue(const Arguments& args, const Tile& t
     const A weight = weights ? weights[args.slot_index[slot]] : A(1);
 #pragma unroll
     for (int group = 0; group < (kGated ? 1 : 2); ++group) {
-      const int column = tile.column + mma.column() + (kGated ? warp_n * (kWarpN / 2) : warp_n * kWarpN + group * (kWarpN / 2));
+      const int column =
+          tile.column + mma.column() + (kGated ? warp_n * (kWarpN / 2) : warp_n * kWarpN + group * (kWarpN / 2));
       const int valid = args.columns - column;
       if (valid <= 0) continue;
       A gate[kVector], up[kVector];
@@ -156,7 +157,8 @@ __device__ __forceinline__ void up_epilogue(const Arguments& args, const Tile& t
           with_activation(args.activation, [&](auto a) {
             if constexpr (is_gated(decltype(a)::value) == kGated) {
 #pragma unroll
-              for (int i = 0; i < kVector; ++i) out[i] = activate<decltype(a)::value, A>(gate[i], kGated ? up[i] : A(0), alpha, limit);
+              for (int i = 0; i < kVector; ++i)
+                out[i] = activate<decltype(a)::value, A>(gate[i], kGated ? up[i] : A(0), alpha, limit);
             }
           });
         }
@@ -211,7 +213,8 @@ __device__ __forceinline__ void prefetch_pre_activation(const Arguments& args, c
   for (int i = threadIdx.x; i < tile.rows * kLines; i += Traits::kThreads) {
     const int column = tile.column + i % kLines * kLine;
     if (column >= args.columns) continue;
-    const T* line = static_cast<const T*>(args.pre) + static_cast<int64_t>(tile.row + i / kLines) * halves * args.columns + column;
+    const T* line =
+        static_cast<const T*>(args.pre) + static_cast<int64_t>(tile.row + i / kLines) * halves * args.columns + column;
     prefetch_l2(line);
     if (args.gated) prefetch_l2(line + args.columns);
   }
@@ -227,7 +230,7 @@ __device__ __forceinline__ void act_grad_epilogue(const Arguments& args, const T
   const int64_t stride = kGated ? 2 * int64_t{args.columns} : args.columns;
   const T* pre = static_cast<const T*>(args.pre);
   T *grad_pre = static_cast<T*>(args.grad_pre), *scaled_act = static_cast<T*>(args.out);
-  const A *weights = static_cast<const A*>(args.weights);
+  const A* weights = static_cast<const A*>(args.weights);
   const A alpha = static_cast<A>(args.alpha), limit = static_cast<A>(args.limit);
   const int warp_column = tile.column + warp_n * kWarpN;
 
@@ -290,14 +293,18 @@ __device__ __forceinline__ void epilogue(const Arguments& args, const Tile& tile
   if (!active) return;
   if constexpr (Traits::kKind == Kind::up || Traits::kKind == Kind::act_grad) {
     const auto run = [&](auto gated, auto swiglu) {
-      if constexpr (Traits::kKind == Kind::up) up_epilogue<Traits, decltype(gated)::value, decltype(swiglu)::value>(args, tile, mma, warp_n);
-      else act_grad_epilogue<Traits, decltype(gated)::value, decltype(swiglu)::value>(args, tile, mma, warp_n);
+      if constexpr (Traits::kKind == Kind::up)
+        up_epilogue<Traits, decltype(gated)::value, decltype(swiglu)::value>(args, tile, mma, warp_n);
+      else
+        act_grad_epilogue<Traits, decltype(gated)::value, decltype(swiglu)::value>(args, tile, mma, warp_n);
     };
     if constexpr (Traits::kHalf && Traits::kVectorised) {
       if (args.activation == Activation::SwiGLU) return run(std::true_type{}, std::true_type{});
     }
-    if (args.gated) run(std::true_type{}, std::false_type{});
-    else run(std::false_type{}, std::false_type{});
+    if (args.gated)
+      run(std::true_type{}, std::false_type{});
+    else
+      run(std::false_type{}, std::false_type{});
   } else {
     plain_epilogue<Traits>(args, tile, mma, warp_n);
   }

@@ -104,11 +104,13 @@ class Loader {
   static constexpr bool kWeightGrad = Traits::kWeightGrad, kVectorised = Traits::kVectorised;
   using RowsA = RowCopier<T, kVectorised, kWeightGrad ? kThreads / 8 : Traits::kTileM, kThreads>;
   using RowsB = RowCopier<T, kVectorised, Traits::kTileN, kThreads>;
-  using ColumnsA = ColumnCopier<T, kVectorised, kWeightGrad ? Traits::kTileM : kThreads * 16 / int(sizeof(T)) / kBlockK, kBlockK, kThreads>;
+  using ColumnsA = ColumnCopier<T, kVectorised, kWeightGrad ? Traits::kTileM : kThreads * 16 / int(sizeof(T)) / kBlockK,
+                                kBlockK, kThreads>;
   using ColumnsB = ColumnCopier<T, kVectorised, Traits::kTileN, kBlockK, kThreads>;
 
  public:
-  __device__ Loader(const Arguments& args, const typename Traits::ScheduleOf& schedule) : args_(args), schedule_(schedule) {}
+  __device__ Loader(const Arguments& args, const typename Traits::ScheduleOf& schedule)
+      : args_(args), schedule_(schedule) {}
 
   // Moves on to the next block. Where a tile begins, or a block of gathered rows, this reads the plan: call it well
   // ahead of copy_a and copy_b.
@@ -121,7 +123,8 @@ class Loader {
       if constexpr (!kWeightGrad) {
         if (live_) {
 #pragma unroll
-          for (int i = 0; i < RowsA::kCount; ++i) row_a_[i] = source(RowsA::row(i), tile_.rows, tile_.row, args_.gather_a);
+          for (int i = 0; i < RowsA::kCount; ++i)
+            row_a_[i] = source(RowsA::row(i), tile_.rows, tile_.row, args_.gather_a);
         }
       }
     }
@@ -140,8 +143,9 @@ class Loader {
       ColumnsA::copy(stage, a, args_.a_stride, tile_.row, args_.rows,
                      [&](int i) { return __shfl_sync(kAllLanes, held_a_, ColumnsA::held_by(i)); });
     } else {
-      RowsA::copy(stage, a, args_.a_stride, block_ * kBlockK, args_.contraction, [&](int i) { return row_a_[i]; },
-                  [](int r) { return r; });
+      RowsA::copy(
+          stage, a, args_.a_stride, block_ * kBlockK, args_.contraction, [&](int i) { return row_a_[i]; },
+          [](int r) { return r; });
     }
   }
 
@@ -152,8 +156,9 @@ class Loader {
       ColumnsB::copy(stage + kABytes, b, args_.b_stride, tile_.column, args_.columns,
                      [&](int i) { return __shfl_sync(kAllLanes, held_b_, ColumnsB::held_by(i)); });
     } else if constexpr (Traits::kBByRows) {
-      RowsB::copy(stage + kABytes, b, args_.b_stride, block_ * kBlockK, args_.contraction,
-                  [&](int i) { return column_source(RowsB::row(i)); }, [](int c) { return Traits::Mma::shared_row(c); });
+      RowsB::copy(
+          stage + kABytes, b, args_.b_stride, block_ * kBlockK, args_.contraction,
+          [&](int i) { return column_source(RowsB::row(i)); }, [](int c) { return Traits::Mma::shared_row(c); });
     } else {
       const int k = block_ * kBlockK;
       ColumnsB::copy(stage + kABytes, b, args_.b_stride, tile_.column, args_.columns, [&](int i) {
@@ -169,7 +174,8 @@ class Loader {
     const int slot = block_ * kBlockK + threadIdx.x;
     const bool valid = slot < tile_.slots;
     const int pair = valid ? args_.slot_index[tile_.first + slot] : 0;
-    copy_async<sizeof(A)>(to + threadIdx.x * static_cast<int>(sizeof(A)), static_cast<const A*>(args_.weights) + pair, valid);
+    copy_async<sizeof(A)>(to + threadIdx.x * static_cast<int>(sizeof(A)), static_cast<const A*>(args_.weights) + pair,
+                          valid);
   }
 
  private:
@@ -199,7 +205,8 @@ class Loader {
 };
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas) grouped_gemm(const __grid_constant__ Arguments args, int stages) {
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
+    grouped_gemm(const __grid_constant__ Arguments args, int stages) {
   using Mma = typename Traits::Mma;
   using A = Acc<typename Traits::T>;
   constexpr int kABytes = Traits::kTileM * 128, kStageBytes = kABytes + Traits::kTileN * 128;
@@ -225,10 +232,14 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas) grouped_gemm(
   }
   // All but the newest stages - 2 groups have landed, for every thread.
   const auto wait = [&] {
-    if (stages >= 5) copy_async_wait<3>();
-    else if (stages == 4) copy_async_wait<2>();
-    else if (stages == 3) copy_async_wait<1>();
-    else copy_async_wait<0>();
+    if (stages >= 5)
+      copy_async_wait<3>();
+    else if (stages == 4)
+      copy_async_wait<2>();
+    else if (stages == 3)
+      copy_async_wait<1>();
+    else
+      copy_async_wait<0>();
     __syncthreads();  // by all warps, though not all from the same place
   };
   wait();
@@ -284,8 +295,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas) grouped_gemm(
     const bool active = warp_m * Traits::kWarpM < tile.rows;
     if constexpr (Traits::kKind == Kind::act_grad) prefetch_pre_activation<Traits>(args, tile);
     mma.clear();
-    if (active) walk(blocks, std::true_type{});
-    else walk(blocks, std::false_type{});
+    if (active)
+      walk(blocks, std::true_type{});
+    else
+      walk(blocks, std::false_type{});
     epilogue<Traits>(args, tile, mma, warp_n, active);
   }
 }

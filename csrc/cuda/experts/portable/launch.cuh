@@ -15,8 +15,8 @@ cudaError_t launch_gemm(const Configuration& c, const Arguments& args, cudaStrea
   int device = 0;
   if (const cudaError_t e = cudaGetDevice(&device)) return e;
   if (device >= 64 || allowed[device].load(std::memory_order_relaxed) < c.shared_bytes) {
-    if (const cudaError_t e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                   static_cast<int>(c.shared_bytes)))
+    if (const cudaError_t e =
+            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(c.shared_bytes)))
       return e;
     if (device < 64) allowed[device].store(c.shared_bytes, std::memory_order_relaxed);
   }

@@ -22,7 +22,8 @@ __device__ __forceinline__ void copy_async(SharedAddress to, const void* from, b
   if constexpr (kBytes == 16) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(size) : "memory");
   } else {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(size) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(kBytes), "r"(size)
+                 : "memory");
   }
 }
 
@@ -73,7 +74,10 @@ __device__ __forceinline__ Vector load_shared(SharedAddress from) {
   Vector out;
   if constexpr (sizeof(Vector) == 16) {
     uint32_t* w = reinterpret_cast<uint32_t*>(&out);
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3]) : "r"(from) : "memory");
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(w[0]), "=r"(w[1]), "=r"(w[2]), "=r"(w[3])
+                 : "r"(from)
+                 : "memory");
   } else if constexpr (sizeof(Vector) == 8) {
     uint64_t w;
     asm volatile("ld.shared.u64 %0, [%1];" : "=l"(w) : "r"(from) : "memory");

@@ -17,8 +17,14 @@ cudaError_t run_act_grad(const ActGradParams& p, float* partial, cudaStream_t st
   args.k_size = static_cast<int>(shape.hidden);
   args.n_size = static_cast<int>(shape.intermediate);
   args.n_tiles = static_cast<int>(ceil_div(shape.intermediate, G::kN));
-  args.epilogue = {p.grad_pre,    p.scaled_act, partial,          shape.weight_on_input ? nullptr : p.plan.weights,
-                   shape.slots(), args.n_size,  shape.activation, static_cast<float>(shape.alpha),
+  args.epilogue = {p.grad_pre,
+                   p.scaled_act,
+                   partial,
+                   shape.weight_on_input ? nullptr : p.plan.weights,
+                   shape.slots(),
+                   args.n_size,
+                   shape.activation,
+                   static_cast<float>(shape.alpha),
                    static_cast<float>(shape.limit)};
   return launch<G>(args, shape.slots(), stream);
 }

@@ -72,8 +72,7 @@ __device__ __forceinline__ void tma_load(uint32_t destination, const CUtensorMap
                                          int row, int half, int expert) {
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::
-          "r"(destination),
+      "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(destination),
       "l"(map), "r"(barrier), "r"(column), "r"(row), "r"(half), "r"(expert)
       : "memory");
 }

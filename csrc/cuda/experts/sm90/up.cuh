@@ -14,10 +14,14 @@ cudaError_t run_up(const UpParams& p, cudaStream_t stream) {
   args.k_size = static_cast<int>(shape.hidden);
   args.n_size = static_cast<int>(shape.intermediate);
   args.n_tiles = static_cast<int>(ceil_div(shape.intermediate, G::kN / G::kHalves));
-  args.epilogue = {p.pre_activation, p.act,
-                   p.gate_up_bias,   shape.weight_on_input ? p.plan.weights : nullptr,
-                   args.n_size,      shape.interleaved,
-                   shape.activation, static_cast<float>(shape.alpha),
+  args.epilogue = {p.pre_activation,
+                   p.act,
+                   p.gate_up_bias,
+                   shape.weight_on_input ? p.plan.weights : nullptr,
+                   args.n_size,
+                   shape.interleaved,
+                   shape.activation,
+                   static_cast<float>(shape.alpha),
                    static_cast<float>(shape.limit)};
   return launch<G>(args, shape.slots(), stream);
 }
