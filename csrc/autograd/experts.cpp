@@ -51,6 +51,14 @@ struct Experts : torch::autograd::Function<Experts> {
   }
 };
 
+// Routing weights may come in any floating type; where autograd is on the cast is recorded, so that their gradient goes
+// back in it. None is left for the check to name.
+Tensor in_accumulate_type(const Tensor& topk_weights, const Tensor& hidden_states) {
+  return topk_weights.defined() && hidden_states.defined()
+             ? topk_weights.to(accumulate_type(hidden_states.scalar_type()))
+             : topk_weights;
+}
+
 Tensor experts_autograd(const Tensor& hidden_states, const Tensor& gate_up_proj, const Tensor& down_proj,
                         const Tensor& topk_weights, const Tensor& slot_index, const Tensor& token_slot,
                         const Tensor& expert_offsets, const OptionalTensor& gate_up_bias,
@@ -58,11 +66,9 @@ Tensor experts_autograd(const Tensor& hidden_states, const Tensor& gate_up_proj,
                         double activation_limit, bool interleaved, bool weight_on_input, bool recompute) {
   if (recording({&hidden_states, &gate_up_proj, &down_proj, &topk_weights, &or_undefined(gate_up_bias),
                  &or_undefined(down_bias)})) {
-    // Routing weights may come in any floating type; the cast is recorded, so their gradient goes back in it.
-    return Experts::apply(hidden_states, gate_up_proj, down_proj,
-                          topk_weights.to(accumulate_type(hidden_states.scalar_type())), slot_index, token_slot,
-                          expert_offsets, gate_up_bias, down_bias, activation, activation_alpha, activation_limit,
-                          interleaved, weight_on_input, recompute);
+    return Experts::apply(hidden_states, gate_up_proj, down_proj, in_accumulate_type(topk_weights, hidden_states),
+                          slot_index, token_slot, expert_offsets, gate_up_bias, down_bias, activation, activation_alpha,
+                          activation_limit, interleaved, weight_on_input, recompute);
   }
   at::AutoDispatchBelowADInplaceOrView guard;
   return experts(hidden_states, gate_up_proj, down_proj, topk_weights, slot_index, token_slot, expert_offsets,
@@ -77,8 +83,8 @@ Tensor experts_inference(const Tensor& hidden_states, const Tensor& gate_up_proj
                          const OptionalTensor& down_bias, std::string_view activation, double activation_alpha,
                          double activation_limit, bool interleaved, bool weight_on_input, bool /*recompute*/) {
   return std::get<0>(experts_forward(hidden_states, gate_up_proj, down_proj,
-                                     topk_weights.to(accumulate_type(hidden_states.scalar_type())), slot_index,
-                                     token_slot, expert_offsets, gate_up_bias, down_bias, activation, activation_alpha,
+                                     in_accumulate_type(topk_weights, hidden_states), slot_index, token_slot,
+                                     expert_offsets, gate_up_bias, down_bias, activation, activation_alpha,
                                      activation_limit, interleaved, weight_on_input, false));
 }
 

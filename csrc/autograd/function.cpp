@@ -48,6 +48,17 @@ void not_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys,
   run_below_autograd(op, keys, stack);
 }
 
+void refuse_none(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  const auto& arguments = op.schema().arguments();
+  for (size_t i = 0; i < arguments.size(); ++i) {
+    const auto& value = (*stack)[stack->size() - arguments.size() + i];
+    const bool is_tensor = arguments[i].type()->kind() == c10::TypeKind::TensorType;
+    TORCH_CHECK_VALUE(!is_tensor || (value.isTensor() && value.toTensor().defined()), arguments[i].name(),
+                      " must be a tensor, got None");
+  }
+  TORCH_CHECK_VALUE(false, op.schema().name(), " must be given a tensor, got None alone");
+}
+
 }  // namespace fastmoe_cpp::autograd
 
 TORCH_LIBRARY_IMPL(fastmoe_cpp, Autograd, m) {
@@ -66,4 +77,30 @@ TORCH_LIBRARY_IMPL(fastmoe_cpp, Autograd, m) {
   m.impl("sinkhorn", never());
   m.impl("dispatch", never());
   m.impl("expert_counts", never());
+}
+
+TORCH_LIBRARY_IMPL(fastmoe_cpp, Undefined, m) {
+  for (const char* name : {"router_logits",
+                           "router_logits_backward",
+                           "route",
+                           "route_backward",
+                           "sinkhorn",
+                           "dispatch",
+                           "gather",
+                           "gather_backward",
+                           "experts",
+                           "experts_forward",
+                           "experts_backward",
+                           "grouped_linear",
+                           "grouped_linear_backward",
+                           "combine",
+                           "combine_backward",
+                           "expert_counts",
+                           "balance_loss",
+                           "balance_loss_backward",
+                           "z_loss",
+                           "z_loss_backward",
+                           "update_expert_bias"}) {
+    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fastmoe_cpp::autograd::refuse_none>());
+  }
 }

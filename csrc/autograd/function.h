@@ -13,11 +13,14 @@ namespace fastmoe_cpp::autograd {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// Whether any gradient will be asked for; where not, the operator runs below autograd and nothing is saved.
+// Whether any gradient will be asked for; where not, the operator runs below autograd and nothing is saved. A tangent of
+// forward mode counts: the Function then says that it has no forward derivative, where the tangent would be lost.
 inline bool recording(std::initializer_list<const Tensor*> tensors) {
-  if (!at::GradMode::is_enabled()) return false;
-  for (const Tensor* t : tensors)
-    if (t->defined() && t->requires_grad()) return true;
+  for (const Tensor* t : tensors) {
+    if (!t->defined()) continue;
+    if (at::GradMode::is_enabled() && t->requires_grad()) return true;
+    if (t->_fw_grad(/*level=*/0).defined()) return true;
+  }
   return false;
 }
 
@@ -51,5 +54,7 @@ inline Tensor grad_or_none(const Tensor& grad, bool wanted) { return wanted ? gr
 void refuse_double_backward(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
 // Operators with no gradient at all: plans, counts, selections.
 void not_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
+// Reached where every tensor argument is None.
+void refuse_none(const c10::OperatorHandle& op, torch::jit::Stack* stack);
 
 }  // namespace fastmoe_cpp::autograd

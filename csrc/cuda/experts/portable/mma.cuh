@@ -41,8 +41,10 @@ __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4]) {
     for (int i = 0; i < 4; ++i) {
       if (i & d) continue;
       const uint32_t got = __shfl_xor_sync(kAllLanes, upper ? w[i] : w[i + d], d);
-      if (upper) w[i] = got;
-      else w[i + d] = got;
+      if (upper)
+        w[i] = got;
+      else
+        w[i + d] = got;
     }
   }
 }
@@ -85,7 +87,16 @@ class HalfMma {
     keep_in_register(b_);
   }
 
-  __device__ void clear() { memset(sum_, 0, sizeof(sum_)); }
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kWarpM / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWarpN / 8; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sum_[i][j][k] = 0;
+      }
+    }
+  }
 
   __device__ void load(Fragment& f, SharedAddress a, SharedAddress b, int step) const {
 #pragma unroll
@@ -121,7 +132,8 @@ class HalfMma {
 #pragma unroll
     for (int i = 0; i < kWarpM / 16; ++i) {
 #pragma unroll
-      for (int j = 0; j < kWarpN / 8; ++j) multiply_add<T>(sum_[i][j], f.a[i], f.b[j / 2][j % 2 * 2], f.b[j / 2][j % 2 * 2 + 1]);
+      for (int j = 0; j < kWarpN / 8; ++j)
+        multiply_add<T>(sum_[i][j], f.a[i], f.b[j / 2][j % 2 * 2], f.b[j / 2][j % 2 * 2 + 1]);
     }
   }
 
@@ -148,16 +160,24 @@ class HalfMma {
   __device__ Vec<T, 8> packed(int block, int r, int group) const {
     uint32_t w[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) w[i] = pack_pair<T>(sum_[block][group * 4 + i][r * 2], sum_[block][group * 4 + i][r * 2 + 1]);
+    for (int i = 0; i < 4; ++i)
+      w[i] = pack_pair<T>(sum_[block][group * 4 + i][r * 2], sum_[block][group * 4 + i][r * 2 + 1]);
     transpose_quad(w);
     Vec<T, 8> out;
     memcpy(&out, w, sizeof(out));
     return out;
   }
-  // Block 1 becomes block 0, and so on: for loops over blocks that are not unrolled.
+  // Block 1 becomes block 0, and so on: for loops over blocks that are not unrolled. (Not by memcpy: nvcc 13.0 drops half
+  // of a copy of 128 bytes between rows of a register array.)
   __device__ void rotate() {
 #pragma unroll
-    for (int i = 0; i + 1 < kWarpM / 16; ++i) memcpy(sum_[i], sum_[i + 1], sizeof(sum_[i]));
+    for (int i = 0; i + 1 < kWarpM / 16; ++i) {
+#pragma unroll
+      for (int j = 0; j < kWarpN / 8; ++j) {
+#pragma unroll
+        for (int k = 0; k < 4; ++k) sum_[i][j][k] = sum_[i + 1][j][k];
+      }
+    }
   }
 
  private:
@@ -195,7 +215,13 @@ class SimtMma {
   __device__ SimtMma(int warp_m, int warp_n)
       : m_(warp_m * kWarpM + lane_id() / 4), n_(warp_n * kWarpN), quad_(lane_id() % 4) {}
 
-  __device__ void clear() { memset(sum_, 0, sizeof(sum_)); }
+  __device__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2 * kVector; ++j) sum_[i][j / kVector][j % kVector] = 0;
+    }
+  }
 
   __device__ void load(Fragment& f, SharedAddress a, SharedAddress b, int step) const {
 #pragma unroll
@@ -208,7 +234,8 @@ class SimtMma {
 #pragma unroll
         for (int k = 0; k < kChunk; ++k)
           f.a[i][k] = load_shared<Vec<T, 1>>(a + chunk_offset(step * kChunk + k, m / kChunk, kTileM * sizeof(T)) +
-                                             m % kChunk * sizeof(T)).v[0];
+                                             m % kChunk * sizeof(T))
+                          .v[0];
       }
     }
 #pragma unroll
@@ -256,10 +283,16 @@ class SimtMma {
 
   __device__ int row(int block, int) const { return m_ + block * 8; }
   __device__ int column() const { return quad_ * kVector; }
-  __device__ void values(int block, int, int group, T (&v)[kVector]) const { memcpy(v, sum_[block][group], sizeof(v)); }
+  __device__ void values(int block, int, int group, T (&v)[kVector]) const {
+#pragma unroll
+    for (int i = 0; i < kVector; ++i) v[i] = sum_[block][group][i];
+  }
   __device__ void rotate() {
 #pragma unroll
-    for (int i = 0; i + 1 < kBlocks; ++i) memcpy(sum_[i], sum_[i + 1], sizeof(sum_[i]));
+    for (int i = 0; i + 1 < kBlocks; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2 * kVector; ++j) sum_[i][j / kVector][j % kVector] = sum_[i + 1][j / kVector][j % kVector];
+    }
   }
 
  private:
