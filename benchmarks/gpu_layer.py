@@ -57,14 +57,17 @@ class Layer:
             self.x[:, 0] = 4
             self.router[:, 0] = -skew * torch.arange(1, self.E + 1, device="cuda").log() / 4
 
-    def route(self, x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        top, ids = F.linear(x, weight).float().topk(self.K, dim=-1)
+    def route(self, x: torch.Tensor, weight: torch.Tensor, wide: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        """wide: logits in float32, as our router makes them; otherwise in the layer's type, as the peers do. Where two
+        experts are near a tie the two choose differently, so a peer's error is taken against its own kind."""
+        logits = F.linear(x.float(), weight.float()) if wide else F.linear(x, weight).float()
+        top, ids = logits.topk(self.K, dim=-1)
         return torch.softmax(top, -1), ids
 
-    def reference(self, rows: int) -> torch.Tensor:
+    def reference(self, rows: int, wide: bool) -> torch.Tensor:
         """The first rows of the output in float32, one expert at a time."""
         x = self.x[:rows]
-        weights, ids = self.route(x, self.router)
+        weights, ids = self.route(x, self.router, wide)
         out = torch.zeros(x.shape, device="cuda")
         for e in range(self.E):
             t, k = (ids == e).nonzero(as_tuple=True)
@@ -211,7 +214,7 @@ def bound(layer: Layer, reps: int) -> dict[str, float]:
 
 def measure(layer: Layer, peer: str, reps: int, train: bool, details: bool) -> dict[str, object]:
     parameters, forward = PEERS[peer](layer)
-    expected = layer.reference(min(layer.T, 512))
+    expected = layer.reference(min(layer.T, 512), wide=peer == "ours")
     with torch.no_grad():
         error = ((forward(layer.x)[: len(expected)].float() - expected).norm() / expected.norm()).item()
         row: dict[str, object] = {"error": error, "forward_ms": median_ms(lambda: forward(layer.x), reps)}
