@@ -122,12 +122,17 @@ class TextModel(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Normal weights of standard deviation 0.02, smaller where a block adds to the residual stream (GPT-2)."""
+        """Normal weights of standard deviation 0.02, smaller where a block adds to the residual stream (GPT-2).
+
+        The embedding's is 1: a small one is changed many times over by the first steps of training, and then two
+        implementations that differ in the last bit choose other experts after a few dozen steps.
+        """
         into_residual = 0.02 / (2 * len(self.blocks)) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 adds = name.endswith(("attention.out.weight", "down_proj"))
                 parameter.normal_(0.0, into_residual if adds else 0.02)
+        self.embedding.weight.normal_()
 
     def forward(self, tokens: Tensor) -> ModelOutput:
         x = self.embedding(tokens)

@@ -110,7 +110,7 @@ class Learner:
         matrices = [p for p in self.model.parameters() if p.dim() > 1]
         vectors = [p for p in self.model.parameters() if p.dim() <= 1]
         groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(0.9, 0.95), fused=True)
+        self.optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(0.9, 0.99), fused=True)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         if self.settings.dtype == "fp32":

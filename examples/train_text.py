@@ -45,8 +45,8 @@ except ImportError as error:
     sys.exit(f"train_text: {error}")
 
 DEFAULTS = Settings(
-    steps=300, seed=0, layers=4, hidden_size=256, heads=4, experts=8, top_k=2, expert_size=512, context=256,
-    batch_size=8, learning_rate=2e-3, warmup=30, weight_decay=0.1, balance_loss=0.01, dtype="fp32", eval_every=50,
+    steps=700, seed=0, layers=4, hidden_size=256, heads=4, experts=8, top_k=2, expert_size=256, context=256,
+    batch_size=4, learning_rate=1e-3, warmup=100, weight_decay=0.1, balance_loss=0.01, dtype="fp32", eval_every=50,
     compare=True, compile=False, checkpoint_activations=False, deterministic=False,
 )  # fmt: skip
 GPU_BATCH_SIZE = 64
