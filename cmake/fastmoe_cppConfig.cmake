@@ -1,5 +1,5 @@
 # find_package(fastmoe_cpp) gives the imported target fastmoe_cpp::fastmoe_cpp: the headers, libfastmoe_cpp.so, and the
-# LibTorch it was built for. The prefix path is what `python -c "import fastmoe_cpp; print(fastmoe_cpp.cmake_prefix_path)"`
+# LibTorch it was built for. The prefix path is what `python -c "from fastmoe_cpp import cpp; print(cpp.cmake_prefix_path)"`
 # prints.
 #
 # LibTorch: a project that has called find_package(Torch) keeps that. Otherwise this file names LibTorch's headers and

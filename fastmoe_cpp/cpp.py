@@ -1,6 +1,6 @@
 """Where a C++ program finds the library: its headers, itself, and its CMake package, installed or editable.
 
-    cmake -S . -B build -DCMAKE_PREFIX_PATH="$(python -c 'import fastmoe_cpp; print(fastmoe_cpp.cmake_prefix_path)')"
+    cmake -S . -B build -DCMAKE_PREFIX_PATH="$(python -c 'from fastmoe_cpp import cpp; print(cpp.cmake_prefix_path)')"
 
 and in CMakeLists.txt ``find_package(fastmoe_cpp REQUIRED)``, ``target_link_libraries(app fastmoe_cpp::fastmoe_cpp)``.
 """

@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from packaging_support import ROOT, run
 
@@ -74,6 +75,15 @@ def test_paths_that_documents_name_exist() -> None:
     )
     assert len(paths) > 5
     assert [p for p in paths if not (ROOT / p).exists()] == []
+
+
+def test_prefix_path_that_documents_name_holds_the_cmake_package() -> None:
+    commands = set(re.findall(r"python -c '([^']+)'", README + (ROOT / "examples/cpp/CMakeLists.txt").read_text()))
+    assert len(commands) == 1
+    printed = run("-c", commands.pop()).stdout.strip()
+    package, torch = (Path(folder) for folder in printed.split(";"))
+    assert (package / "share/cmake/fastmoe_cpp/fastmoe_cppConfig.cmake").is_file()
+    assert (torch / "share/cmake/Torch/TorchConfig.cmake").is_file()
 
 
 def test_ci_runs_everything() -> None:
