@@ -1,6 +1,6 @@
 // Forward: up tasks (row block, columns of I) with the activation inside, down tasks (row block, columns of H), combine.
-#include "memory.h"
 #include "experts.h"
+#include "memory.h"
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -65,8 +65,8 @@ void down(const Experts<T>& e, const T* act, T* rows) {
     const int64_t c0 = columns.begin(task % columns.count), c1 = columns.end(task % columns.count);
     const T* bias = e.down_bias(block.expert);
     multiply_rows(scratch, block.rows(), c1 - c0, e.inner, act + block.begin * e.inner, e.inner,
-                  e.down_weight(block.expert).at(0, c0), bias ? bias + c0 : nullptr,
-                  rows + block.begin * e.hidden + c0, e.hidden);
+                  e.down_weight(block.expert).at(0, c0), bias ? bias + c0 : nullptr, rows + block.begin * e.hidden + c0,
+                  e.hidden);
   });
 }
 

@@ -51,9 +51,7 @@ struct Experts {
   A weight(int64_t slot) const { return routing_weights.template const_data_ptr<A>()[plan.slot_index[slot]]; }
 
   // How the up projection of the blocks is cut into tasks; the same in backward, so that it repeats forward's bits.
-  Columns up_columns() const {
-    return cut_columns(blocks.size(), plan.served, inner, hidden * (gated ? 2 : 1));
-  }
+  Columns up_columns() const { return cut_columns(blocks.size(), plan.served, inner, hidden * (gated ? 2 : 1)); }
 
   // The rows [rows, columns] from column `first` on of `source` [T, *] that a block's slots ask for, each times its
   // routing weight where `weighted`.

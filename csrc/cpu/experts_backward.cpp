@@ -5,8 +5,8 @@
 #include <torch/library.h>
 
 #include "combine.h"
-#include "memory.h"
 #include "experts.h"
+#include "memory.h"
 
 namespace fastmoe_cpp::cpu {
 namespace {
@@ -14,8 +14,8 @@ namespace {
 // What the first step leaves: gradients in the order of the weight's rows (gate and up rows alternate if interleaved).
 template <typename T>
 struct Inner {
-  T *grad_pre, *scaled_act;   // [P, up_rows], [P, I] (times the routing weight, where that scales the output)
-  acc_t<T>* grad_weight;      // [ranges of columns, P] partial <dA, A>, or null
+  T *grad_pre, *scaled_act;  // [P, up_rows], [P, I] (times the routing weight, where that scales the output)
+  acc_t<T>* grad_weight;     // [ranges of columns, P] partial <dA, A>, or null
 };
 
 template <typename T>
@@ -62,7 +62,8 @@ void inner_gradients(const Experts<T>& e, const Tensor& grad_output, const T* pr
           if (e.gated) e.loops.load(width, kept + e.inner, A(1), up);
         }
         const A weight = e.weight_on_input ? A(1) : e.weight(slot);
-        const A product = e.curve.backward(width, g, u, grad_act + r * width, weight, value, gate, up, e.alpha, e.limit);
+        const A product =
+            e.curve.backward(width, g, u, grad_act + r * width, weight, value, gate, up, e.alpha, e.limit);
         if (to.grad_weight) {
           A& sum = to.grad_weight[range * e.plan.served + slot];
           sum = c0 == columns.begin(range) ? product : sum + product;
@@ -110,8 +111,10 @@ void weight_gradient(Scratch& scratch, const Experts<T>& e, const WeightGradient
     return;
   }
   Matrix<A> sum;
-  if constexpr (std::is_same_v<T, A>) sum = rows_of(out, stride);
-  else sum = rows_of(scratch.get<A>(3, m * n), n);
+  if constexpr (std::is_same_v<T, A>)
+    sum = rows_of(out, stride);
+  else
+    sum = rows_of(scratch.get<A>(3, m * n), n);
   for (int64_t s = first; s < last; s += kDepthRows) {
     const RowBlock block{expert, s, std::min(s + kDepthRows, last)};
     A* copy = scratch.get<A>(0, std::min(kDepthRows, last - first) * columns);
@@ -159,10 +162,11 @@ void outer_gradients(const Experts<T>& e, const Tensor& grad_output, const Inner
   const int64_t up_tasks = wanted(to.gate_up, experts * weight_columns.count);
   const int64_t down_tasks = wanted(to.down, experts * weight_columns.count);
   const int64_t up_bias_tasks = wanted(to.gate_up_bias, experts), down_bias_tasks = wanted(to.down_bias, experts);
-  const WeightGradient<T> up{e.x, inner.grad_pre, e.up_rows, false, e.weight_on_input,
-                             up_tasks ? to.gate_up.template mutable_data_ptr<T>() : nullptr};
-  const WeightGradient<T> down{grad_output, inner.scaled_act, e.inner, true, false,
-                               down_tasks ? to.down.template mutable_data_ptr<T>() : nullptr};
+  const WeightGradient<T> up{e.x,   inner.grad_pre,    e.up_rows,
+                             false, e.weight_on_input, up_tasks ? to.gate_up.template mutable_data_ptr<T>() : nullptr};
+  const WeightGradient<T> down{grad_output, inner.scaled_act,
+                               e.inner,     true,
+                               false,       down_tasks ? to.down.template mutable_data_ptr<T>() : nullptr};
   run_tasks(row_tasks + up_tasks + down_tasks + up_bias_tasks + down_bias_tasks, [&](int64_t task, Scratch& scratch) {
     if (task < row_tasks) {
       const auto& block = e.blocks[task / rows.count];
@@ -183,16 +187,16 @@ void outer_gradients(const Experts<T>& e, const Tensor& grad_output, const Inner
     }
     task -= up_tasks + down_tasks;
     if (task < up_bias_tasks) {
-      bias_gradient(scratch, e, task, e.up_rows,
-                    [&](int64_t s, A* row) { e.loops.load(e.up_rows, inner.grad_pre + s * e.up_rows, A(1), row); },
-                    to.gate_up_bias.template mutable_data_ptr<T>() + task * e.up_rows);
+      bias_gradient(
+          scratch, e, task, e.up_rows,
+          [&](int64_t s, A* row) { e.loops.load(e.up_rows, inner.grad_pre + s * e.up_rows, A(1), row); },
+          to.gate_up_bias.template mutable_data_ptr<T>() + task * e.up_rows);
     } else {
       const int64_t expert = task - up_bias_tasks;
-      bias_gradient(scratch, e, expert, e.hidden,
-                    [&](int64_t s, A* row) {
-                      e.pack({expert, s, s + 1}, grad_output, 0, e.hidden, !e.weight_on_input, row);
-                    },
-                    to.down_bias.template mutable_data_ptr<T>() + expert * e.hidden);
+      bias_gradient(
+          scratch, e, expert, e.hidden,
+          [&](int64_t s, A* row) { e.pack({expert, s, s + 1}, grad_output, 0, e.hidden, !e.weight_on_input, row); },
+          to.down_bias.template mutable_data_ptr<T>() + expert * e.hidden);
     }
   });
 }
@@ -216,7 +220,8 @@ void routing_gradient(const Experts<T>& e, const Tensor& grad_output, const acc_
         } else {
           for (int64_t r = 0; r < ranges; ++r) sum += partial[r * e.plan.served + slot];
           if (e.down_bias_tensor.defined()) {
-            const auto* past = std::upper_bound(e.plan.expert_offsets, e.plan.expert_offsets + e.plan.experts + 1, slot);
+            const auto* past =
+                std::upper_bound(e.plan.expert_offsets, e.plan.expert_offsets + e.plan.experts + 1, slot);
             sum += e.loops.dot(e.hidden, row, e.down_bias(past - e.plan.expert_offsets - 1));
           }
         }
@@ -247,12 +252,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     const auto wanted = [&](int i, at::IntArrayRef sizes, const at::TensorOptions& as) {
       return output_mask[i] ? empty(sizes, as) : at::empty({0}, as);
     };
-    const Gradients<T> to{wanted(0, hidden_states.sizes(), options),
-                          wanted(1, gate_up_proj.sizes(), options),
-                          wanted(2, down_proj.sizes(), options),
-                          wanted(3, topk_weights.sizes(), topk_weights.options()),
-                          wanted(4, {e.plan.experts, e.up_rows}, options),
-                          wanted(5, {e.plan.experts, e.hidden}, options)};
+    const Gradients<T> to{
+        wanted(0, hidden_states.sizes(), options),       wanted(1, gate_up_proj.sizes(), options),
+        wanted(2, down_proj.sizes(), options),           wanted(3, topk_weights.sizes(), topk_weights.options()),
+        wanted(4, {e.plan.experts, e.up_rows}, options), wanted(5, {e.plan.experts, e.hidden}, options)};
     const bool need_rows = output_mask[0] || (output_mask[3] && weight_on_input);
     const bool need_partial = output_mask[3] && !weight_on_input;
     const int64_t ranges = e.up_columns().count;

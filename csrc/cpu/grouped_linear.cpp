@@ -1,8 +1,8 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include "memory.h"
 #include "experts.h"
+#include "memory.h"
 
 namespace fastmoe_cpp::cpu {
 namespace {
@@ -59,8 +59,9 @@ Tensor grouped_linear(const Tensor& rows, const Tensor& weight_, const Tensor& e
   Tensor out = empty({rows.size(0), weight.size(1)}, rows.options());
   with_floating(rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
-    grouped_product<T>(groups, x, weight.size(1), [&](int64_t e) { return slice_of<T>(weight, e).t(); },
-                       pointer_or_null<const T>(bias), out);
+    grouped_product<T>(
+        groups, x, weight.size(1), [&](int64_t e) { return slice_of<T>(weight, e).t(); },
+        pointer_or_null<const T>(bias), out);
   });
   return out;
 }
@@ -83,8 +84,10 @@ void weight_gradient(const Groups& groups, const Tensor& grad_output, const Tens
     const Matrix<const T> g{grad_output.const_data_ptr<T>() + first * grad_output.stride(0), grad_output.stride(0), 1};
     const Matrix<const T> b{x.const_data_ptr<T>() + first * x.stride(0) + c0, x.stride(0), 1};
     Matrix<A> sum;
-    if constexpr (std::is_same_v<T, A>) sum = rows_of(out, n);
-    else sum = rows_of(scratch.get<A>(3, m * width), width);
+    if constexpr (std::is_same_v<T, A>)
+      sum = rows_of(out, n);
+    else
+      sum = rows_of(scratch.get<A>(3, m * width), width);
     multiply<T, T>(scratch, m, width, rows, g.t(), b, sum);
     if constexpr (!std::is_same_v<T, A>)
       for (int64_t r = 0; r < m; ++r) kernels<T>().store(width, sum.data + r * width, out + r * n);
@@ -121,8 +124,9 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_ou
   with_floating(rows.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     if (output_mask[0])
-      grouped_product<T>(groups, g, x.size(1), [&](int64_t e) { return slice_of<T>(weight, e); },
-                         static_cast<const T*>(nullptr), grad_rows);
+      grouped_product<T>(
+          groups, g, x.size(1), [&](int64_t e) { return slice_of<T>(weight, e); }, static_cast<const T*>(nullptr),
+          grad_rows);
     if (output_mask[1]) weight_gradient<T>(groups, g, x, grad_weight);
     if (output_mask[2]) bias_gradient<T>(groups, g, grad_bias);
   });

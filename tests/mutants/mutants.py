@@ -62,7 +62,8 @@ MUTANTS = (
     Mutant(
         "gradient_of_an_idle_expert_unwritten",
         CPU + "experts_backward.cpp",
-        "  if (first == last) {\n    for (int64_t r = 0; r < m; ++r) std::fill_n(out + r * stride, n, T(0));\n    return;",
+        "  if (first == last) {\n"
+        "    for (int64_t r = 0; r < m; ++r) std::fill_n(out + r * stride, n, T(0));\n    return;",
         "  if (first == last) {\n    return;",
         f"{POISON} -k forward_and_backward",
     ),
@@ -71,7 +72,7 @@ MUTANTS = (
         CPU + "experts_backward.cpp",
         "      multiply<T, A>(scratch, m, n, block.rows(), gathered.t(), by_slot, sum, s > first);",
         "      multiply<T, A>(scratch, m, n, block.rows(), gathered.t(), by_slot, sum, false);",
-        f"{EXPERTS} -k 'against_oracle or long'",
+        f"{EXPERTS} -k 'against_oracle or many_rows'",
     ),
     Mutant(
         "routing_gradient_of_the_last_columns_only",
@@ -171,9 +172,10 @@ MUTANTS = (
     Mutant(
         "expert_bias_leaks_into_the_weights",
         CPU + "router.cpp",
-        "        else for (int64_t k = 0; k < top_k; ++k) w[k] = id[k] >= 0 ? y[id[k]] : A(0);\n        A divisor",
-        "        else for (int64_t k = 0; k < top_k; ++k) w[k] = id[k] >= 0 ? y[id[k]] + (b ? b[id[k]] : A(0)) : A(0);\n"
-        "        A divisor",
+        "        else\n          for (int64_t k = 0; k < top_k; ++k)"
+        " w[k] = id[k] >= 0 ? y[id[k]] : A(0);\n        A divisor",
+        "        else\n          for (int64_t k = 0; k < top_k; ++k)\n"
+        "            w[k] = id[k] >= 0 ? y[id[k]] + (b ? b[id[k]] : A(0)) : A(0);\n        A divisor",
         f"{ROUTER} -k test_route",
     ),
     Mutant(
@@ -229,7 +231,7 @@ MUTANTS = (
     Mutant(
         "gather_leaves_the_tail_unwritten",
         CPU + "dispatch.cpp",
-        "      else std::memset(to + s * bytes, 0, bytes);",
+        "      else\n        std::memset(to + s * bytes, 0, bytes);",
         "",
         f"{POISON} -k every_operator",
     ),

@@ -106,6 +106,7 @@ CASES = {
     "dispatch_ids_int16": (do_dispatch, {"topk_ids": f(T, K, dtype=torch.int16)}, TYPE, ("topk_ids", "int64", "Short")),
     "dispatch_no_experts": (do_dispatch, {"num_experts": 0}, V, ("num_experts", "1", "1024", "0")),
     "dispatch_too_many_experts": (do_dispatch, {"num_experts": 1025}, V, ("num_experts", "1024", "1025")),
+    "dispatch_too_many_pairs": (do_dispatch, {"topk_ids": f(1, 1, dtype=torch.int64).expand(2**30, 2)}, V, ("topk_ids", "2^31 - 1", "[1073741824, 2]")),
     "dispatch_capacity": (do_dispatch, {"capacity": -1}, V, ("capacity", "0", "-1")),
     "dispatch_policy": (do_dispatch, {"drop_policy": "random"}, V, ("drop_policy", "'position'", "'random'")),
     "dispatch_probs_without_weights": (do_dispatch, {"capacity": 1, "drop_policy": "probs"}, V, ("drop_policy", "topk_weights", "None")),

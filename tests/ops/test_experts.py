@@ -171,6 +171,28 @@ def test_pairs_over_capacity_contribute_nothing(capacity, device):
     assert (out[~kept.any(dim=1)] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_expert_of_many_rows(dtype, device):
+    """More rows than any block or part of a sum holds: every one of them counts in the weights' gradients."""
+    tokens = 9001
+    inputs = experts_inputs(tokens, 9, 6, 2, 1, dtype=dtype, device=device, bias=True)
+    inputs["topk_ids"] = torch.ones_like(inputs["topk_ids"])
+    # one sign, so that a missing part is a missing share
+    inputs["hidden_states"] = inputs["hidden_states"].abs()
+    cotangent = normal(tokens, 9, seed=9, dtype=dtype, device=device).abs()
+    given = leaves(inputs)
+    out = run_experts(given)
+    options = {"interleaved": False, "weight_on_input": False, "activation": "swiglu"}
+    truth, true_grads = oracle_run(inputs, torch.float64, cotangent, **options)
+    eager, eager_grads = oracle_run(inputs, dtype, cotangent, **options)
+    tolerance.close(out, truth, eager)
+    names = [n for n in LEAVES if n in given]
+    for name, grad in zip(names, torch.autograd.grad(out, [given[n] for n in names], cotangent), strict=True):
+        tolerance.close(
+            grad, true_grads[name], eager_grads[name], factor=tolerance.BACKWARD, of=dtype, units=4, what=name
+        )
+
+
 @pytest.mark.parametrize("weights_dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_routing_weights_of_any_floating_dtype(dtype, weights_dtype, device):
@@ -210,7 +232,8 @@ def test_every_subset_of_gradients(wanted, device):
     def backward(output_mask):
         return ops.experts_backward(
             grad, inputs["hidden_states"], inputs["gate_up_proj"], inputs["down_proj"], inputs["topk_weights"],
-            *plan[:3], inputs["gate_up_bias"], inputs["down_bias"], None, "swiglu", 1.702, 7.0, False, False, output_mask,
+            *plan[:3], inputs["gate_up_bias"], inputs["down_bias"], None, "swiglu", 1.702, 7.0, False, False,
+            output_mask,
         )  # fmt: skip
 
     everything, some = backward([True] * 6), backward(mask)

@@ -46,8 +46,17 @@ template <typename T>
 const Kernels<T>& kernels();
 
 // One set an instruction set, each in the file of its name.
-namespace baseline { template <typename T> const Kernels<T>& kernels(); }
-namespace avx2 { template <typename T> const Kernels<T>& kernels(); }
-namespace avx512 { template <typename T> const Kernels<T>& kernels(); }
+namespace baseline {
+template <typename T>
+const Kernels<T>& kernels();
+}
+namespace avx2 {
+template <typename T>
+const Kernels<T>& kernels();
+}
+namespace avx512 {
+template <typename T>
+const Kernels<T>& kernels();
+}
 
 }  // namespace fastmoe_cpp::cpu

@@ -34,7 +34,9 @@ constexpr int kWidth = kBytes / int(sizeof(A));
 // --- loads and stores: a vector of A from memory of T ---
 
 template <typename A>
-FASTMOE_INLINE V<A> splat(A x) { return x - V<A>{}; }
+FASTMOE_INLINE V<A> splat(A x) {
+  return x - V<A>{};
+}
 
 template <typename T, typename A = acc_t<T>>
 FASTMOE_INLINE V<A> load(const T* p) {
@@ -133,7 +135,9 @@ FASTMOE_INLINE V<double> exp(V<double> x) {
 }
 
 template <typename A>
-FASTMOE_INLINE V<A> sigmoid(V<A> x) { return A(1) / (A(1) + exp(-x)); }
+FASTMOE_INLINE V<A> sigmoid(V<A> x) {
+  return A(1) / (A(1) + exp(-x));
+}
 
 // The normal distribution's cdf, given e = exp(-x^2 / 2). float: erfc(z) exp(z^2) = t p(t), t = 1 / (1 + 0.4 z), with
 // our own minimax fit of p (relative error 8e-9).
@@ -209,7 +213,8 @@ struct Gradients {
 template <Activation F, typename A>
 FASTMOE_INLINE V<A> through(V<A> gate, V<A> grad) {
   const V<A> zero = splat(A(0));
-  if constexpr (F == Activation::ReGLU || F == Activation::ReLU || F == Activation::ReLU2) return gate <= zero ? zero : grad;
+  if constexpr (F == Activation::ReGLU || F == Activation::ReLU || F == Activation::ReLU2)
+    return gate <= zero ? zero : grad;
   return grad;
 }
 
@@ -300,9 +305,12 @@ void weighted_sum(int64_t n, int64_t count, const T* const* rows, const A* weigh
   for (; i < n; i += w) {
     const int64_t left = n - i;
     V<A> s = {};
-    for (int64_t j = 0; j < count; ++j) s += weights[j] * (left >= w ? load(rows[j] + i) : load_some(rows[j] + i, left));
-    if (left >= w) store(out + i, s);
-    else store_some(out + i, s, left);
+    for (int64_t j = 0; j < count; ++j)
+      s += weights[j] * (left >= w ? load(rows[j] + i) : load_some(rows[j] + i, left));
+    if (left >= w)
+      store(out + i, s);
+    else
+      store_some(out + i, s, left);
   }
 }
 
@@ -386,12 +394,23 @@ void few_rows(int64_t m, int64_t n, int64_t k, const A* x, int64_t ldx, const T*
       };
       const int64_t left = m - r;
       if constexpr (kMost == 6) {
-        if (left >= 6) { go(std::integral_constant<int, 6>()); continue; }
-        if (left >= 4) { go(std::integral_constant<int, 4>()); continue; }
-        if (left == 3) { go(std::integral_constant<int, 3>()); continue; }
+        if (left >= 6) {
+          go(std::integral_constant<int, 6>());
+          continue;
+        }
+        if (left >= 4) {
+          go(std::integral_constant<int, 4>());
+          continue;
+        }
+        if (left == 3) {
+          go(std::integral_constant<int, 3>());
+          continue;
+        }
       }
-      if (left >= 2) go(std::integral_constant<int, 2>());
-      else go(std::integral_constant<int, 1>());
+      if (left >= 2)
+        go(std::integral_constant<int, 2>());
+      else
+        go(std::integral_constant<int, 1>());
     }
   }
 }

@@ -8,8 +8,9 @@ PathChoice choose_path(const ExpertShape& shape, int capability, bool aligned, s
   if (capability != 90) return {Path::portable, "the Hopper kernels need compute capability 9.0"};
   if (!aligned) return {Path::portable, "the Hopper kernels need operands on 16-byte boundaries"};
   if (!sm90::supports(shape)) {
-    return {Path::portable, "the Hopper kernels need bfloat16 or float16, and hidden and intermediate sizes that are "
-                            "multiples of 8"};
+    return {Path::portable,
+            "the Hopper kernels need bfloat16 or float16, and hidden and intermediate sizes that are "
+            "multiples of 8"};
   }
   return {Path::hopper, "compute capability 9.0, a 16-bit type and sizes that are multiples of 8"};
 #else

@@ -10,6 +10,7 @@
 #include "../combine.h"
 #include "../experts/path.h"
 #include "../experts/portable/portable.h"
+#include "../experts/portable/rows.h"
 #ifdef FASTMOE_SM90
 #include "../experts/sm90/supports.h"
 #endif
@@ -29,23 +30,29 @@ struct Launches {
   cudaError_t (*down_weight_grad)(const WeightGradParams&, cudaStream_t);
 };
 
-const Launches kPortable{portable::up,
-                         portable::down,
-                         [](const ActGradParams& p) { return static_cast<size_t>(portable::act_grad_scratch_bytes(p)); },
-                         portable::act_grad,
-                         portable::input_grad,
-                         portable::gate_up_weight_grad,
-                         portable::down_weight_grad};
+const Launches kPortable{
+    portable::up,
+    portable::down,
+    [](const ActGradParams& p) { return static_cast<size_t>(portable::act_grad_scratch_bytes(p)); },
+    portable::act_grad,
+    portable::input_grad,
+    portable::gate_up_weight_grad,
+    portable::down_weight_grad};
 #ifdef FASTMOE_SM90
-const Launches kHopper{sm90::up,         sm90::down,       sm90::act_grad_scratch_bytes,
-                       sm90::act_grad,   sm90::input_grad, sm90::gate_up_weight_grad,
+const Launches kHopper{sm90::up,
+                       sm90::down,
+                       sm90::act_grad_scratch_bytes,
+                       sm90::act_grad,
+                       sm90::input_grad,
+                       sm90::gate_up_weight_grad,
                        sm90::down_weight_grad};
 #endif
 
 std::string_view wished_path() {
   const char* const wish = std::getenv("FASTMOE_CPP_PATH");
   if (wish == nullptr || *wish == '\0') return "";
-  TORCH_CHECK_VALUE(std::string_view(wish) == "portable", "FASTMOE_CPP_PATH must be unset or 'portable', got '", wish, "'");
+  TORCH_CHECK_VALUE(std::string_view(wish) == "portable", "FASTMOE_CPP_PATH must be unset or 'portable', got '", wish,
+                    "'");
   return wish;
 }
 
@@ -72,8 +79,8 @@ struct Operands {
     shape.experts = static_cast<int>(down.size(0));
     shape.top_k = static_cast<int>(token_slot.size(1));
     shape.activation = parse_activation(activation);
-    shape.alpha = static_cast<float>(alpha);
-    shape.limit = static_cast<float>(limit);
+    shape.alpha = alpha;
+    shape.limit = limit;
     shape.interleaved = interleaved && is_gated(shape.activation);
     shape.weight_on_input = weight_on_input;
     plan.slot_index = slot_index.const_data_ptr<int32_t>();
@@ -135,15 +142,19 @@ std::tuple<Tensor, Tensor> experts_forward_op(const Tensor& hidden_states, const
   const Tensor rows = o.slot_rows(o.shape.hidden);
   {
     const Tensor act = o.slot_rows(o.shape.intermediate);
-    C10_CUDA_CHECK(run.up({o.shape, o.plan, o.hidden.const_data_ptr(), o.gate_up.const_data_ptr(),
-                           data_or_null(o.gate_up_bias), keep_pre_activation ? pre.mutable_data_ptr() : nullptr,
-                           act.mutable_data_ptr()},
-                          stream));
+    C10_CUDA_CHECK(
+        run.up({o.shape, o.plan, o.hidden.const_data_ptr(), o.gate_up.const_data_ptr(), data_or_null(o.gate_up_bias),
+                keep_pre_activation ? pre.mutable_data_ptr() : nullptr, act.mutable_data_ptr()},
+               stream));
     C10_CUDA_CHECK(run.down({o.shape, o.plan, act.const_data_ptr(), o.down.const_data_ptr(), data_or_null(o.down_bias),
                              rows.mutable_data_ptr()},
                             stream));
   }
   sum_into_tokens(o, !weight_on_input, rows, out, stream);
+  if (keep_pre_activation) {  // no launch writes the rows of nobody, and the operator returns them
+    C10_CUDA_CHECK(portable::zero_tail(o.shape.dtype, pre.mutable_data_ptr(), o.plan.expert_offsets, o.shape.experts,
+                                       o.shape.slots(), o.shape.up_rows(), stream));
+  }
   return {out, pre};
 }
 
@@ -201,8 +212,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_op(
     grad_pre = want_pre ? o.slot_rows(up_rows) : Tensor();
     const Tensor by_slot = want_dot ? at::empty({o.shape.slots()}, o.weights.options()) : Tensor();
     if (want_pre || want_down || want_dot) {
-      ActGradParams p{o.shape, o.plan, g.const_data_ptr(), o.down.const_data_ptr(), data_or_null(o.down_bias),
-                      pre.const_data_ptr(), pointer(want_pre, grad_pre), pointer(want_down, scaled_act),
+      ActGradParams p{o.shape,
+                      o.plan,
+                      g.const_data_ptr(),
+                      o.down.const_data_ptr(),
+                      data_or_null(o.down_bias),
+                      pre.const_data_ptr(),
+                      pointer(want_pre, grad_pre),
+                      pointer(want_down, scaled_act),
                       static_cast<float*>(pointer(want_dot, by_slot))};
       const Tensor scratch = at::empty({static_cast<int64_t>(run.act_grad_scratch_bytes(p))}, options.dtype(at::kByte));
       C10_CUDA_CHECK(run.act_grad(p, scratch.mutable_data_ptr(), stream));
@@ -221,7 +238,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_op(
   if (want_rows) {
     const Tensor grad_rows = o.slot_rows(o.shape.hidden);
     C10_CUDA_CHECK(run.input_grad(
-        {o.shape, o.plan, grad_pre.const_data_ptr(), o.gate_up.const_data_ptr(), grad_rows.mutable_data_ptr()}, stream));
+        {o.shape, o.plan, grad_pre.const_data_ptr(), o.gate_up.const_data_ptr(), grad_rows.mutable_data_ptr()},
+        stream));
     if (want_hidden) sum_into_tokens(o, weight_on_input, grad_rows, grad_hidden, stream);
     if (weight_on_input && want_weights) {
       CombineBackwardParams p{};
@@ -239,16 +257,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_op(
     }
   }
   if (want_gate_up || want_gate_up_bias) {
-    C10_CUDA_CHECK(run.gate_up_weight_grad({o.shape, o.plan, grad_pre.const_data_ptr(), o.hidden.const_data_ptr(),
-                                            pointer(want_gate_up, grad_gate_up),
-                                            pointer(want_gate_up_bias, grad_gate_up_bias)},
-                                           stream));
+    C10_CUDA_CHECK(
+        run.gate_up_weight_grad({o.shape, o.plan, grad_pre.const_data_ptr(), o.hidden.const_data_ptr(),
+                                 pointer(want_gate_up, grad_gate_up), pointer(want_gate_up_bias, grad_gate_up_bias)},
+                                stream));
   }
   return result();
 }
 
 portable::GroupedLinear describe(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets) {
-  return {dtype_of(rows), rows.size(0), weight.size(2), weight.size(1), static_cast<int>(weight.size(0)),
+  return {dtype_of(rows),
+          rows.size(0),
+          weight.size(2),
+          weight.size(1),
+          static_cast<int>(weight.size(0)),
           expert_offsets.const_data_ptr<int32_t>()};
 }
 

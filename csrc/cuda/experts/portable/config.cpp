@@ -55,9 +55,8 @@ Configuration configure(const Product& p, const Device& device, int forced) {
   c.shared_bytes = c.stages * stage + plan;
 
   const int64_t tile_columns = p.kind == Kind::up && p.gated ? c.tile_columns / 2 : c.tile_columns;
-  const int64_t row_tiles = p.kind == Kind::weight_grad
-                                ? p.experts * ceil_div(p.rows, c.tile_rows)
-                                : p.slots / c.tile_rows + std::min<int64_t>(p.experts, p.slots);
+  const int64_t row_tiles = p.kind == Kind::weight_grad ? p.experts * ceil_div(p.rows, c.tile_rows)
+                                                        : p.slots / c.tile_rows + std::min<int64_t>(p.experts, p.slots);
   c.tiles = row_tiles * ceil_div(p.columns, tile_columns);
   c.grid = std::min<int64_t>(c.tiles, int64_t{device.multiprocessors} * c.ctas_per_sm);
   return c;

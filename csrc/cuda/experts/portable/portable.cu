@@ -18,7 +18,8 @@ namespace {
 cudaError_t this_device(Device& out) {
   int device = 0, bytes = 0;
   if (const cudaError_t e = cudaGetDevice(&device)) return e;
-  if (const cudaError_t e = cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device)) return e;
+  if (const cudaError_t e = cudaDeviceGetAttribute(&out.multiprocessors, cudaDevAttrMultiProcessorCount, device))
+    return e;
   if (const cudaError_t e = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return e;
   out.shared_bytes = bytes;
   return cudaSuccess;
@@ -29,16 +30,16 @@ cudaError_t run(const Product& product, const Arguments& args, cudaStream_t stre
   Device device;
   if (const cudaError_t e = this_device(device)) return e;
 #ifdef FASTMOE_PORTABLE_TUNE
-  const Configuration c = configure(product, device, product.vectorised && product.dtype >= DType::bf16 ? forced_tiling : -1);
+  const Configuration c =
+      configure(product, device, product.vectorised && product.dtype >= DType::bf16 ? forced_tiling : -1);
 #else
   const Configuration c = configure(product, device);
 #endif
   if (c.grid == 0) return cudaSuccess;
   // A kernel counts tiles, rounded up to whole rounds of the grid, in an int.
   if (c.tiles + 2 * c.grid > INT32_MAX) return cudaErrorInvalidValue;
-  return with_dtype(product.dtype, [&](auto zero) {
-    return launch<kKind, decltype(zero)>(c, product.vectorised, args, stream);
-  });
+  return with_dtype(product.dtype,
+                    [&](auto zero) { return launch<kKind, decltype(zero)>(c, product.vectorised, args, stream); });
 }
 
 bool all_aligned(std::initializer_list<const void*> pointers) {
@@ -65,10 +66,19 @@ int alternate(const ExpertShape& shape) {
   return shape.interleaved && is_gated(shape.activation) ? static_cast<int>(shape.intermediate) : 0;
 }
 
-cudaError_t bias_grad(const WeightGradParams& p, int64_t columns, int alternate, bool gather, bool weighted, cudaStream_t stream) {
-  const ColumnSums sums{p.shape.dtype, p.plan.expert_offsets, p.plan.slot_index, p.shape.experts,
-                        static_cast<int>(columns), p.shape.top_k, alternate, gather, p.left,
-                        weighted ? p.plan.weights : nullptr, p.grad_bias};
+cudaError_t bias_grad(const WeightGradParams& p, int64_t columns, int alternate, bool gather, bool weighted,
+                      cudaStream_t stream) {
+  const ColumnSums sums{p.shape.dtype,
+                        p.plan.expert_offsets,
+                        p.plan.slot_index,
+                        p.shape.experts,
+                        static_cast<int>(columns),
+                        p.shape.top_k,
+                        alternate,
+                        gather,
+                        p.left,
+                        weighted ? p.plan.weights : nullptr,
+                        p.grad_bias};
   return column_sums(sums, stream);
 }
 
@@ -82,7 +92,8 @@ Product product_of(Launch launch, const ExpertShape& s, bool vectorised) {
   const bool gated = is_gated(s.activation);
   switch (launch) {
     case Launch::up: return {Kind::up, s.dtype, s.slots(), s.experts, 0, s.intermediate, s.hidden, gated, vectorised};
-    case Launch::down: return {Kind::linear, s.dtype, s.slots(), s.experts, 0, s.hidden, s.intermediate, false, vectorised};
+    case Launch::down:
+      return {Kind::linear, s.dtype, s.slots(), s.experts, 0, s.hidden, s.intermediate, false, vectorised};
     case Launch::act_grad:
       return {Kind::act_grad, s.dtype, s.slots(), s.experts, 0, s.intermediate, s.hidden, gated, vectorised};
     case Launch::input_grad:
@@ -150,8 +161,18 @@ cudaError_t act_grad(const ActGradParams& p, void* scratch, cudaStream_t stream)
   const bool wide = vectorised(s) && all_aligned({a.a, a.b, a.pre, a.grad_pre, a.out});
   if (const cudaError_t e = run<Kind::act_grad>(product_of(Launch::act_grad, s, wide), a, stream)) return e;
   if (!in_scratch) return cudaSuccess;
-  const SlotDots dots{s.dtype, p.plan.expert_offsets, p.plan.slot_index, s.experts, s.top_k, static_cast<int>(s.hidden),
-                      static_cast<int>(dot_blocks(s)), s.slots(), scratch, p.grad_output, p.down_bias, p.grad_weight};
+  const SlotDots dots{s.dtype,
+                      p.plan.expert_offsets,
+                      p.plan.slot_index,
+                      s.experts,
+                      s.top_k,
+                      static_cast<int>(s.hidden),
+                      static_cast<int>(dot_blocks(s)),
+                      s.slots(),
+                      scratch,
+                      p.grad_output,
+                      p.down_bias,
+                      p.grad_weight};
   return s.slots() ? slot_dots(dots, stream) : cudaSuccess;
 }
 
@@ -193,7 +214,8 @@ cudaError_t gate_up_weight_grad(const WeightGradParams& p, cudaStream_t stream) 
   a.out = p.grad;
   const bool wide = vectorised(s) && all_aligned({a.a, a.b, a.out});
   if (p.grad)
-    if (const cudaError_t e = run<Kind::weight_grad>(product_of(Launch::gate_up_weight_grad, s, wide), a, stream)) return e;
+    if (const cudaError_t e = run<Kind::weight_grad>(product_of(Launch::gate_up_weight_grad, s, wide), a, stream))
+      return e;
   if (!p.grad_bias) return cudaSuccess;
   return bias_grad(p, s.up_rows(), alternate(s), false, false, stream);
 }
@@ -209,7 +231,8 @@ cudaError_t down_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
   a.out = p.grad;
   const bool wide = vectorised(s) && all_aligned({a.a, a.b, a.out});
   if (p.grad)
-    if (const cudaError_t e = run<Kind::weight_grad>(product_of(Launch::down_weight_grad, s, wide), a, stream)) return e;
+    if (const cudaError_t e = run<Kind::weight_grad>(product_of(Launch::down_weight_grad, s, wide), a, stream))
+      return e;
   if (!p.grad_bias) return cudaSuccess;
   return bias_grad(p, s.hidden, 0, true, !s.weight_on_input, stream);
 }

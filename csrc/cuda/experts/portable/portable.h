@@ -22,11 +22,11 @@ struct GroupedLinear {
 cudaError_t grouped_linear(const GroupedLinear&, const void* rows, const void* weight, const void* bias, void* out,
                            cudaStream_t);
 // [S, out], [E, out, in] -> [S, in]
-cudaError_t grouped_linear_input_grad(const GroupedLinear&, const void* grad_output, const void* weight, void* grad_rows,
-                                      cudaStream_t);
+cudaError_t grouped_linear_input_grad(const GroupedLinear&, const void* grad_output, const void* weight,
+                                      void* grad_rows, cudaStream_t);
 // [S, out], [S, in] -> [E, out, in], [E, out]; either may be null
-cudaError_t grouped_linear_weight_grad(const GroupedLinear&, const void* grad_output, const void* rows, void* grad_weight,
-                                       void* grad_bias, cudaStream_t);
+cudaError_t grouped_linear_weight_grad(const GroupedLinear&, const void* grad_output, const void* rows,
+                                       void* grad_weight, void* grad_bias, cudaStream_t);
 
 // The product behind a launch of experts.h.
 enum class Launch : int { up, down, act_grad, input_grad, gate_up_weight_grad, down_weight_grad };

@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kColumns* kRows) sum_columns(const __grid_cons
   sum = 0;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) sum += sums[i][threadIdx.x];
-  static_cast<T*>(p.grad)[static_cast<int64_t>(expert) * p.columns + weight_row(column, p.alternate)] = from_acc<T>(sum);
+  static_cast<T*>(p.grad)[static_cast<int64_t>(expert) * p.columns + weight_row(column, p.alternate)] =
+      from_acc<T>(sum);
 }
 
 constexpr int kDotThreads = 256;
@@ -66,15 +67,16 @@ __global__ void __launch_bounds__(kDotThreads) dot_slots(const __grid_constant__
 template <class T>
 __global__ void fill_tail(T* rows, const int32_t* expert_offsets, int experts, int64_t slots, int64_t columns) {
   const int64_t first = expert_offsets[experts] * columns, step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = first + int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < slots * columns; i += step) rows[i] = T(0.f);
+  for (int64_t i = first + int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < slots * columns; i += step)
+    rows[i] = T(0.f);
 }
 
 }  // namespace
 
 cudaError_t column_sums(const ColumnSums& p, cudaStream_t stream) {
   return with_dtype(p.dtype, [&](auto zero) {
-    return cuda::launch(sum_columns<decltype(zero)>, p.experts * ceil_div(p.columns, kColumns), dim3(kColumns, kRows), 0,
-                        stream, p, Divider(p.top_k));
+    return cuda::launch(sum_columns<decltype(zero)>, p.experts * ceil_div(p.columns, kColumns), dim3(kColumns, kRows),
+                        0, stream, p, Divider(p.top_k));
   });
 }
 
@@ -92,8 +94,8 @@ cudaError_t zero_tail(DType dtype, void* rows, const int32_t* expert_offsets, in
   return with_dtype(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t blocks = std::min<int64_t>(ceil_div(slots * columns, 256), 512);
-    return cuda::launch(fill_tail<T>, blocks, dim3(256), 0, stream, static_cast<T*>(rows), expert_offsets, experts, slots,
-                        columns);
+    return cuda::launch(fill_tail<T>, blocks, dim3(256), 0, stream, static_cast<T*>(rows), expert_offsets, experts,
+                        slots, columns);
   });
 }
 
