@@ -2,6 +2,9 @@
 
 #include <torch/csrc/autograd/functions/utils.h>
 
+#include <memory>
+#include <type_traits>
+
 namespace fastmoe_cpp::autograd {
 namespace {
 
@@ -17,6 +20,18 @@ struct Refusal : torch::autograd::Node {
   variable_list apply(variable_list&&) override { TORCH_CHECK(false, message); }
   std::string message;
 };
+
+// What owns a node: std::shared_ptr in torch 2.11, c10::intrusive_ptr in 2.15.
+using NodePointer = decltype(torch::autograd::Edge::function);
+
+template <typename N, typename Pointer = NodePointer>
+Pointer make_node(std::string message) {
+  if constexpr (std::is_same_v<Pointer, std::shared_ptr<torch::autograd::Node>>) {
+    return std::make_shared<N>(std::move(message));
+  } else {
+    return c10::make_intrusive<N>(std::move(message));
+  }
+}
 
 variable_list arguments_that_require_grad(const torch::jit::Stack& stack, size_t arguments) {
   variable_list tensors;
@@ -34,9 +49,8 @@ void refuse_double_backward(const c10::OperatorHandle& op, c10::DispatchKeySet k
   if (at::GradMode::is_enabled()) asking = arguments_that_require_grad(*stack, schema.arguments().size());
   run_below_autograd(op, keys, stack);
   if (asking.empty()) return;
-  const std::shared_ptr<torch::autograd::Node> refusal(
-      new Refusal(schema.name() + " has no gradient of its own: differentiate through this layer once"),
-      torch::autograd::deleteNode);
+  const NodePointer refusal =
+      make_node<Refusal>(schema.name() + " has no gradient of its own: differentiate through this layer once");
   refusal->set_next_edges(torch::autograd::collect_next_edges(asking));
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); ++i) {
     const Tensor grad = (*stack)[i].toTensor();
@@ -46,17 +60,6 @@ void refuse_double_backward(const c10::OperatorHandle& op, c10::DispatchKeySet k
 
 void not_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   run_below_autograd(op, keys, stack);
-}
-
-void refuse_none(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  const auto& arguments = op.schema().arguments();
-  for (size_t i = 0; i < arguments.size(); ++i) {
-    const auto& value = (*stack)[stack->size() - arguments.size() + i];
-    const bool is_tensor = arguments[i].type()->kind() == c10::TypeKind::TensorType;
-    TORCH_CHECK_VALUE(!is_tensor || (value.isTensor() && value.toTensor().defined()), arguments[i].name(),
-                      " must be a tensor, got None");
-  }
-  TORCH_CHECK_VALUE(false, op.schema().name(), " must be given a tensor, got None alone");
 }
 
 }  // namespace fastmoe_cpp::autograd
@@ -77,30 +80,4 @@ TORCH_LIBRARY_IMPL(fastmoe_cpp, Autograd, m) {
   m.impl("sinkhorn", never());
   m.impl("dispatch", never());
   m.impl("expert_counts", never());
-}
-
-TORCH_LIBRARY_IMPL(fastmoe_cpp, Undefined, m) {
-  for (const char* name : {"router_logits",
-                           "router_logits_backward",
-                           "route",
-                           "route_backward",
-                           "sinkhorn",
-                           "dispatch",
-                           "gather",
-                           "gather_backward",
-                           "experts",
-                           "experts_forward",
-                           "experts_backward",
-                           "grouped_linear",
-                           "grouped_linear_backward",
-                           "combine",
-                           "combine_backward",
-                           "expert_counts",
-                           "balance_loss",
-                           "balance_loss_backward",
-                           "z_loss",
-                           "z_loss_backward",
-                           "update_expert_bias"}) {
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&fastmoe_cpp::autograd::refuse_none>());
-  }
 }

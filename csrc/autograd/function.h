@@ -54,7 +54,5 @@ inline Tensor grad_or_none(const Tensor& grad, bool wanted) { return wanted ? gr
 void refuse_double_backward(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
 // Operators with no gradient at all: plans, counts, selections.
 void not_differentiable(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);
-// Reached where every tensor argument is None.
-void refuse_none(const c10::OperatorHandle& op, torch::jit::Stack* stack);
 
 }  // namespace fastmoe_cpp::autograd

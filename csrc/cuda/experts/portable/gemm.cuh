@@ -283,7 +283,10 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
           copy_async_commit();
         }
       }
-      if constexpr (!Mma::kPipelined) wait();
+      if constexpr (!Mma::kPipelined) {
+        if (kActive) mma.fold();
+        wait();
+      }
       reading = next;
       writing = writing + 1 == stages ? 0 : writing + 1;
     }

@@ -204,7 +204,7 @@ class SimtMma {
   static constexpr int kChunk = 16 / sizeof(T), kBlockK = 128 / sizeof(T), kSteps = 8;
   static constexpr bool kPipelined = false;
   static constexpr int kBlocks = kWarpM / 8, kBlockRows = 1, kVector = 8;
-  static constexpr bool kPacks = false;
+  static constexpr bool kPacks = false, kFolds = sizeof(T) == 4;
 
   struct Fragment {
     T a[kBlocks][kChunk], b[2][kVector][kChunk];
@@ -219,7 +219,20 @@ class SimtMma {
 #pragma unroll
     for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
-      for (int j = 0; j < 2 * kVector; ++j) sum_[i][j / kVector][j % kVector] = 0;
+      for (int j = 0; j < 2 * kVector; ++j) sum_[i][j / kVector][j % kVector] = part_[i][j / kVector][j % kVector] = 0;
+    }
+  }
+
+  // At the end of a block. Sums of sums of 32 products keep float32 as exact as BLAS libraries do.
+  __device__ void fold() {
+    if constexpr (!kFolds) return;
+#pragma unroll
+    for (int i = 0; i < kBlocks; ++i) {
+#pragma unroll
+      for (int j = 0; j < 2 * kVector; ++j) {
+        sum_[i][j / kVector][j % kVector] += part_[i][j / kVector][j % kVector];
+        part_[i][j / kVector][j % kVector] = 0;
+      }
     }
   }
 
@@ -275,8 +288,10 @@ class SimtMma {
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
-        for (int j = 0; j < 2 * kVector; ++j)
-          sum_[i][j / kVector][j % kVector] += f.a[i][k] * f.b[j / kVector][j % kVector][k];
+        for (int j = 0; j < 2 * kVector; ++j) {
+          T& sum = kFolds ? part_[i][j / kVector][j % kVector] : sum_[i][j / kVector][j % kVector];
+          sum += f.a[i][k] * f.b[j / kVector][j % kVector][k];
+        }
       }
     }
   }
@@ -297,7 +312,7 @@ class SimtMma {
 
  private:
   int m_, n_, quad_;
-  T sum_[kBlocks][2][kVector];
+  T sum_[kBlocks][2][kVector], part_[kBlocks][2][kVector];
 };
 
 }  // namespace fastmoe_cpp::cuda::portable
