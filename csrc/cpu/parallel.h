@@ -10,7 +10,25 @@
 #include <atomic>
 #include <cstdint>
 
+// Exported by builds of torch on MKL; null on others.
+extern "C" int MKL_Set_Num_Threads_Local(int) __attribute__((weak));
+
 namespace fastmoe_cpp::cpu {
+
+// Within a parallel region MKL computes on one thread but still cuts its sums for as many as this thread was last told
+// of (torch tells the main thread alone), so the bits would depend on that number and on who takes a task.
+class OneMklThread {
+ public:
+  OneMklThread() : before_(MKL_Set_Num_Threads_Local != nullptr ? MKL_Set_Num_Threads_Local(1) : 0) {}
+  ~OneMklThread() {
+    if (MKL_Set_Num_Threads_Local != nullptr) MKL_Set_Num_Threads_Local(before_);
+  }
+  OneMklThread(const OneMklThread&) = delete;
+  OneMklThread& operator=(const OneMklThread&) = delete;
+
+ private:
+  int before_;
+};
 
 // A thread's buffers for the length of one run_tasks: slot i grows to the largest size asked of it.
 class Scratch {
@@ -60,6 +78,7 @@ void run_tasks(int64_t n, const F& f) {
   if (n <= 0) return;
   std::atomic<int64_t> next{0};
   at::parallel_for(0, at::get_num_threads(), 1, [&](int64_t, int64_t) {
+    const OneMklThread one;
     Scratch scratch;
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(task, scratch);
   });
