@@ -10,7 +10,7 @@ LOADS = ("even", "zipf", "all_to_first", "all_to_last", "middle_empty", "none")
 
 def feasible(case):
     rows, work = case["S"], case["S"] * case["in"] * case["out"]
-    return work <= 4e7 and case["E"] * case["in"] * case["out"] <= 3e6 and rows * max(case["in"], case["out"]) <= 4e6
+    return work <= 1e7 and case["E"] * case["in"] * case["out"] <= 3e6 and rows * max(case["in"], case["out"]) <= 4e6
 
 
 CASES = pairwise.cover(

@@ -25,7 +25,7 @@ LOGITS_CASES = pairwise.cover(
         "x_layout": LAYOUTS,
         "weight_layout": LAYOUTS,
     },
-    lambda c: c["T"] * c["H"] * c["E"] <= 1e8 and c["T"] * max(c["H"], c["E"]) <= 2e6 and c["E"] * c["H"] <= 2.2e6,
+    lambda c: c["T"] * c["H"] * c["E"] <= 3e7 and c["T"] * max(c["H"], c["E"]) <= 2e6 and c["E"] * c["H"] <= 2.2e6,
 )
 
 
@@ -80,7 +80,7 @@ ROUTE_CASES = pairwise.cover(
     },
     lambda c: (
         matrix.top_k(c) <= c["E"]
-        and c["T"] * c["E"] <= 1.4e5
+        and c["T"] * c["E"] <= 7e4
         and c["E"] % c["groups"][0] == 0
         and matrix.top_k(c) <= c["E"] // c["groups"][0] * c["groups"][1]
         and (c["groups"][0] == 1 or c["E"] // c["groups"][0] >= 2)
@@ -266,7 +266,7 @@ def test_bias_and_selection_scores_get_no_gradient(device):
 
 @pytest.mark.parametrize("iterations", [0, 1, 2, 7, 40])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (7, 3), (129, 60), (512, 257)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 8), (7, 3), (129, 60), (300, 257)])
 def test_sinkhorn(shape, dtype, iterations, device):
     logits = normal(*shape, seed=1, dtype=dtype, device=device).requires_grad_()
     out = ops.sinkhorn(logits, iterations)

@@ -12,7 +12,7 @@ TOP_K = (1, 2, 8, "E")
 
 # Largest case, in multiply-adds of one forward pass, weights, and elements of one [T * K, *] tensor. The CPU's budget
 # keeps the float64 oracle affordable on two shared cores; the GPU runs the same cases and larger ones.
-CPU = {"work": 6e7, "weights": 3e6, "rows": 4e6}
+CPU = {"work": 1.5e7, "weights": 3e6, "rows": 4e6}
 CUDA = {"work": 3e10, "weights": 4e7, "rows": 4e7}
 
 
