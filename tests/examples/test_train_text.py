@@ -18,7 +18,7 @@ import train_text  # noqa: E402
 
 TINY = (
     "--layers 2 --hidden-size 32 --heads 2 --experts 4 --top-k 2 --expert-size 32 --context 32 --batch-size 4 "
-    "--warmup 4 --eval-every 10 --sample-bytes 40"
+    "--warmup 4 --eval-every 10 --sample-bytes 40 --learning-rate 1e-2"
 ).split()
 
 

@@ -18,7 +18,9 @@ OPTIONS = {
     "x": ("contiguous", "transposed", "strided", "offset"),
 }
 CASES = matrix.experts_cases(matrix.CPU, **OPTIONS)
-LARGE = [c for c in matrix.experts_cases(matrix.CUDA, seed=1, **OPTIONS) if not matrix.affordable(matrix.CPU)(c)]
+LARGE = []
+if torch.cuda.is_available():
+    LARGE = [c for c in matrix.experts_cases(matrix.CUDA, seed=1, **OPTIONS) if not matrix.affordable(matrix.CPU)(c)]
 LEAVES = ("hidden_states", "gate_up_proj", "down_proj", "topk_weights", "gate_up_bias", "down_bias")
 
 
