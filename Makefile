@@ -10,6 +10,7 @@ PINNED_TORCH := $(shell sed -n 's/^torch==//p' requirements/torch.txt)
 TORCH ?= $(PINNED_TORCH)
 VENV ?= $(if $(filter $(PINNED_TORCH),$(TORCH)),.venv,.venv-$(TORCH))
 CUDA_BUILD ?= build/cuda
+HOSTS ?= $(patsubst requirements/hosts/%.txt,%,$(wildcard requirements/hosts/*.txt))
 ARGS ?=
 
 BIN := $(VENV)/bin
@@ -22,7 +23,7 @@ ifneq ($(shell cat build/in-place 2>/dev/null),$(abspath $(VENV)))
 .PHONY: $(VENV)/.built
 endif
 
-.PHONY: help demo test lint format tidy bench bench-gpu cuda wheel clean
+.PHONY: help demo test test-hosts lint format tidy bench bench-gpu cuda wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +34,14 @@ demo: $(VENV)/.built $(VENV)/.demo ## train a language model with MoE layers on 
 
 test: $(VENV)/.built $(VENV)/.test ## every test: Python, C++, the C++ example, packaging
 	$(BIN)/python -m pytest $(ARGS)
+
+# Hosts that can't live beside each other get an environment each, with their own packages before the ones they share.
+test-hosts: $(HOSTS:%=$(VENV)/hosts/%/.ready) ## the tests against the hosts' real packages; HOSTS="a b" takes some of them
+	@set -e; for host in $(HOSTS); do \
+	  printf '\n--> %s\n' "$$host"; \
+	  FASTMOE_CPP_HOST=$$host $(VENV)/hosts/$$host/bin/python -m pytest \
+	    $$(sed -n 's/^# tests: //p' requirements/hosts/$$host.txt) $(ARGS); \
+	done
 
 lint: $(VENV)/.lint ## ruff and clang-format, without changing anything
 	$(BIN)/ruff check .
@@ -91,3 +100,12 @@ $(VENV)/.demo $(VENV)/.test $(VENV)/.lint $(VENV)/.tidy: $(VENV)/.%: requirement
 # numpy and friends after torch, so that torch's own pins decide
 $(VENV)/.demo $(VENV)/.test: | $(VENV)/.torch
 $(VENV)/.test: requirements/demo.txt
+
+# torch, the tests' requirements and fastmoe_cpp itself are the main environment's, without a second copy.
+$(VENV)/hosts/%/.ready: requirements/hosts/%.txt $(VENV)/.test $(VENV)/.built
+	$(BIN)/python -m venv $(@D)
+	@shared=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  own=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+	  echo "import site; site.addsitedir('$$shared')" > "$$own/shared.pth"
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
