@@ -1,0 +1,164 @@
+"""The experts of transformers 5's registry: one function for every class that @use_experts_implementation decorates.
+
+Such a class holds ``gate_up_proj`` (``up_proj`` where it has no gate), ``down_proj``, perhaps their biases, and an
+``_apply_gate`` or an ``act_fn`` between the two. Where that is an activation the fused operator has, the whole MLP is
+that operator; otherwise the two projections are, and the module's own function runs between them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import activations
+from transformers.integrations import moe as registry
+
+from ... import ops
+
+NAME = "fastmoe_cpp"
+
+#: What @use_experts_implementation leaves on a module.
+LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+
+
+class FusedActivation(NamedTuple):
+    """An activation as ops.experts takes it."""
+
+    name: str
+    alpha: float = 1.702
+    limit: float = 7.0
+    interleaved: bool = False
+
+
+_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
+
+_CURVE_OF_CLASS: dict[type, str] = {
+    nn.SiLU: "silu",
+    activations.SiLUActivation: "silu",
+    activations.GELUActivation: "gelu",
+    activations.GELUTanh: "gelu_tanh",
+    activations.NewGELUActivation: "gelu_tanh",
+    nn.ReLU: "relu",
+    activations.ReLUSquaredActivation: "relu2",
+}
+
+# Gates that clamp and then compute (up + 1) * gate * sigmoid(alpha * gate), by where they are defined: the attributes
+# that hold alpha and limit, and whether gate and up alternate.
+_CLAMPED_GATES = {
+    ("transformers.models.gpt_oss.modeling_gpt_oss", "GptOssExperts._apply_gate"): ("alpha", "limit", True),
+    ("transformers.models.openai_privacy_filter.modeling_openai_privacy_filter",
+     "OpenAIPrivacyFilterExperts._apply_gate"): ("alpha", "limit", False),
+    ("transformers.models.minimax_m3_vl.modeling_minimax_m3_vl", "MiniMaxM3VLExperts._apply_gate"):
+        ("swiglu_alpha", "swiglu_limit", False),
+}  # fmt: skip
+
+
+def _curve(act_fn: object) -> str | None:
+    """The elementwise activation that act_fn is: 'silu', 'gelu', 'gelu_tanh', 'relu' or 'relu2'; None for another."""
+    if act_fn is F.silu:
+        return "silu"
+    if act_fn is F.gelu:
+        return "gelu"
+    if act_fn is F.relu:
+        return "relu"
+    if type(act_fn) is nn.GELU:
+        return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
+    return _CURVE_OF_CLASS.get(type(act_fn))
+
+
+@torch.compiler.assume_constant_result
+def _clamped_gate(kind: type) -> tuple[str, str, bool] | None:
+    gate = kind._apply_gate
+    return _CLAMPED_GATES.get((gate.__module__, gate.__qualname__))
+
+
+def fused_activation(experts: nn.Module) -> FusedActivation | None:
+    """The activation of ops.experts that a decorated module's is, or None where it is one of the module's own."""
+    if not experts.has_gate:
+        curve = _curve(experts.act_fn)
+        return None if curve is None else FusedActivation(curve)
+    if "_apply_gate" in vars(experts):
+        return None
+    if type(experts)._apply_gate is registry._default_apply_gate:
+        curve = _GATED.get(_curve(experts.act_fn))
+        return None if curve is None else FusedActivation(curve)
+    clamped = _clamped_gate(type(experts))
+    if clamped is None:
+        return None
+    alpha, limit, interleaved = clamped
+    return FusedActivation("clamped_swiglu", getattr(experts, alpha), getattr(experts, limit), interleaved)
+
+
+def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """The forward of a decorated experts module: hidden_states [T, H], top_k_index and top_k_weights [T, K] to [T, H].
+
+    An index of num_experts or above, which expert parallelism writes for experts of other ranks, adds nothing and gets
+    no gradient. Without waiting for the device.
+    """
+    dtype = hidden_states.dtype
+    # Read once: a parametrized weight (LoRA) is computed by reading it.
+    up, down = (self.gate_up_proj if self.has_gate else self.up_proj), self.down_proj
+    up_bias = down_bias = None
+    if self.has_bias:
+        up_bias = self.gate_up_proj_bias if self.has_gate else self.up_proj_bias
+        down_bias = self.down_proj_bias
+    if self.is_transposed:
+        up, down = up.transpose(1, 2), down.transpose(1, 2)
+    if not torch.is_autocast_enabled(hidden_states.device.type):
+        hidden_states = hidden_states.to(up.dtype)
+    weights = top_k_weights.to(torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
+    top_k_index = torch.where(top_k_index < self.num_experts, top_k_index, -1)
+    plan = ops.dispatch(top_k_index, self.num_experts)
+    activation = fused_activation(self)
+    if activation is not None:
+        output = ops.experts(
+            hidden_states,
+            up,
+            down,
+            weights,
+            plan,
+            gate_up_bias=up_bias,
+            down_bias=down_bias,
+            activation=activation.name,
+            activation_alpha=activation.alpha,
+            activation_limit=activation.limit,
+            interleaved=activation.interleaved,
+        )
+        return output.to(dtype)
+    rows = ops.grouped_linear(ops.gather(hidden_states, plan), up, plan.expert_offsets, up_bias)
+    inner = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
+    rows = ops.grouped_linear(inner.to(rows.dtype), down, plan.expert_offsets, down_bias)
+    return ops.combine(rows, weights, plan).to(dtype)
+
+
+def register() -> None:
+    """See fastmoe_cpp.integrations.transformers.register."""
+    registry.ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
+
+
+def takes_experts(module: nn.Module) -> bool:
+    """Whether a module's class is decorated with @use_experts_implementation."""
+    return all(hasattr(module, name) for name in LAYOUT) and hasattr(type(module), "_apply_gate")
+
+
+def use(model: nn.Module) -> nn.Module:
+    """See fastmoe_cpp.integrations.transformers.replace_moe_blocks."""
+    served = {name: module for name, module in model.named_modules() if takes_experts(module)}
+    if not served:
+        kinds = sorted({type(m).__name__ for m in model.modules() if "expert" in type(m).__name__.lower()})
+        found = f"its experts are {', '.join(kinds)}" if kinds else "none of its modules are experts"
+        raise ValueError(
+            f"{type(model).__name__} can't be served: no module of it takes its experts from transformers' registry "
+            f"(@use_experts_implementation), {found}"
+        )
+    if not hasattr(model, "set_experts_implementation"):
+        raise ValueError(f"the model must be a transformers PreTrainedModel, got {type(model).__name__}")
+    before = model.get_experts_implementation()
+    register()
+    model.set_experts_implementation(NAME)
+    if missed := [name for name, module in served.items() if module.config._experts_implementation != NAME]:
+        model.set_experts_implementation(before)
+        raise ValueError(f"{type(model).__name__} does not pass the experts implementation on to {', '.join(missed)}")
+    return model
