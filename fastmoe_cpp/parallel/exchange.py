@@ -1,0 +1,126 @@
+"""Rows between the ranks of a group: the one collective of expert parallelism, with its gradient and its errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._extension import require
+
+require()
+_collectives = torch.ops._c10d_functional
+
+
+class ExchangeError(RuntimeError):
+    """A collective failed or ran out of time; the message names it, the group, this rank and the cause."""
+
+
+def resolve(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
+    """The group itself, or for None the default one; raises RuntimeError where this process is in none."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("torch.distributed must be initialized (init_process_group, or torchrun), and is not")
+    if group is None:
+        return dist.group.WORLD
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"group must be a ProcessGroup that this rank is in, got {group!r}")
+    return group
+
+
+def describe(group: dist.ProcessGroup) -> str:
+    """'rank 1 of 4 in group 'ep' (global rank 5)'."""
+    name = group.group_desc if group.group_desc not in ("", "undefined") else group.group_name
+    return f"rank {group.rank()} of {group.size()} in group {name!r} (global rank {dist.get_rank()})"
+
+
+def failed(operation: str, group: dist.ProcessGroup, error: BaseException) -> ExchangeError:
+    """What to raise from a collective's error."""
+    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ExchangeError(f"{operation} failed on {describe(group)}: {cause}")
+
+
+def _counts(name: str, counts: Sequence[int] | Tensor, size: int) -> list[int]:
+    if isinstance(counts, Tensor):
+        if counts.device.type != "cpu" or counts.dtype not in (torch.int32, torch.int64):
+            raise TypeError(
+                f"{name} must be a list of int or an int32 or int64 tensor on the CPU, "
+                f"got {counts.dtype} on {counts.device}"
+            )
+        counts = counts.tolist()
+    counts = list(counts)
+    if len(counts) != size:
+        raise ValueError(f"{name} must hold {size} counts, one for each rank of the group, got {len(counts)}")
+    if any(isinstance(c, bool) or not isinstance(c, int) or c < 0 for c in counts):
+        raise ValueError(f"{name} must hold integers of at least 0, got {counts}")
+    return counts
+
+
+def _exchange(rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, operation: str) -> Tensor:
+    try:
+        received = _collectives.all_to_all_single(rows.contiguous(), recv, send, group.group_name)
+        return _collectives.wait_tensor(received)
+    except RuntimeError as error:
+        raise failed(f"{operation} of {rows.shape[0]} rows", group, error) from error
+
+
+class _AllToAllRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, operation: str):
+        ctx.rest = (recv, send, group, operation)
+        return _exchange(rows, send, recv, group, operation)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        recv, send, group, operation = ctx.rest
+        back = operation if operation.endswith(" backward") else f"{operation} backward"
+        return _AllToAllRows.apply(grad, recv, send, group, back), None, None, None, None
+
+
+def all_to_all_rows(
+    rows: Tensor,
+    send_counts: Sequence[int] | Tensor,
+    recv_counts: Sequence[int] | Tensor,
+    group: dist.ProcessGroup | None = None,
+    *,
+    operation: str = "all_to_all_rows",
+) -> Tensor:
+    """Sends consecutive rows [N, ...] to the ranks of a group; returns what the ranks sent here, [sum(recv_counts), ...].
+
+    send_counts (W integers, sum N) are the rows for each rank, in rank order; recv_counts are the rows from each, which
+    the caller knows (exchange_counts). Both are lists or integer tensors on the CPU. A differentiable collective: every
+    rank of the group calls it, also with no row at all, with the same dtype, the same trailing sizes and the same
+    requires_grad; the gradient goes back the same way in a second collective. group None is the default group.
+    operation is what errors call it.
+
+    Raises ValueError or TypeError for counts that do not fit, and ExchangeError where the collective fails or runs into
+    the group's timeout.
+    """
+    group = resolve(group)
+    send = _counts("send_counts", send_counts, group.size())
+    recv = _counts("recv_counts", recv_counts, group.size())
+    if rows.dim() < 1:
+        raise ValueError("rows must have shape [N, ...], got a scalar")
+    if sum(send) != rows.shape[0]:
+        raise ValueError(f"send_counts must sum to the {rows.shape[0]} rows, got {send} with sum {sum(send)}")
+    return _AllToAllRows.apply(rows, send, recv, group, operation)
+
+
+@torch.no_grad()
+def exchange_counts(
+    counts: Tensor, group: dist.ProcessGroup | None = None, *, operation: str = "exchange_counts"
+) -> Tensor:
+    """Sends block r of counts [W * n] or [W, ...] to rank r; returns the blocks from every rank, in rank order.
+
+    counts is an integer tensor of the same shape and dtype on every rank, on the group's device; so is the result.
+    Rank r thus learns from tokens per expert [W * E_local] how many rows every rank has for each of its experts.
+    """
+    group = resolve(group)
+    size = group.size()
+    if counts.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"counts must be int32 or int64, got {counts.dtype}")
+    if counts.dim() < 1 or counts.shape[0] % size:
+        raise ValueError(f"counts must have a first size that {size} ranks divide, got {list(counts.shape)}")
+    each = [counts.shape[0] // size] * size
+    return _exchange(counts, each, each, group, operation)
