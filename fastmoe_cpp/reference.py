@@ -171,7 +171,9 @@ def dispatch(
         for expert in range(num_experts):
             mine = pairs[kept & (ids == expert)]
             if drop_policy == "probs":
-                by_weight = topk_weights.flatten()[mine].sort(descending=True, stable=True).indices
+                # NaN last, which sort takes for the largest
+                weights = topk_weights.flatten()[mine]
+                by_weight = weights.masked_fill(weights.isnan(), -torch.inf).sort(descending=True, stable=True).indices
                 kept[mine[by_weight[capacity:]]] = False
             else:
                 kept[mine[capacity:]] = False

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastmoe_cpp import reference
+from fastmoe_cpp import ops, reference
 
 
 def softmax(row):
@@ -174,6 +174,17 @@ def test_dispatch(capacity, policy, padded, tokens):
         slots[pair] = slot
     assert plan.token_slot.flatten().tolist() == slots.tolist()
     assert {t.dtype for t in plan[:3]} == {torch.int32} and plan.tokens_per_expert.dtype == torch.int64
+
+
+def test_a_nan_weight_is_dropped_before_any_number_as_the_operator_does():
+    ids = torch.zeros(5, 1, dtype=torch.long)
+    weights = torch.tensor([[0.1], [math.nan], [0.3], [-math.inf], [0.2]])
+    plans = [
+        f(ids, 1, topk_weights=weights, capacity=3, drop_policy="probs") for f in (reference.dispatch, ops.dispatch)
+    ]
+    for plan in plans:
+        assert plan.slot_index[:3].tolist() == [0, 2, 4]
+        assert plan.expert_offsets.tolist() == [0, 3]
 
 
 @pytest.mark.parametrize("bad", [-2, 4])
