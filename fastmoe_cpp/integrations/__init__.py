@@ -1,1 +1,1 @@
-"""The layers inside other people's models: ``transformers`` and ``torchtitan``, a package each, which need that host."""
+"""The layers inside other people's models: ``transformers`` and ``torchtitan``, each of which needs that host."""

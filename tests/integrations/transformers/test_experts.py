@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 """Ours for the experts of every class that uses transformers' registry, beside that class's own eager code."""
 
 import copy
@@ -10,12 +11,12 @@ from ..conftest import require
 
 require("transformers", "5")
 
+from support.tolerance import close
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
 
 from fastmoe_cpp.integrations.transformers import experts, register
 
-from support.tolerance import close
 from . import decorated
 
 T, K = 23, 3
@@ -66,7 +67,7 @@ def test_the_walk_finds_the_library():
 @pytest.mark.parametrize("act", ["silu", "quick_gelu"])
 @pytest.mark.parametrize("name", decorated.classes())
 def test_every_class(name, act):
-    """Output, and gradients of input, routing weights and every parameter. silu is fused, quick_gelu is the module's."""
+    """Output, and gradients of input, routing weights and every parameter. silu is fused, quick_gelu is theirs."""
     module = decorated.make(name, act)
     assert experts.takes_experts(module)
     ids, weights = routing()
