@@ -51,7 +51,9 @@ def test_router_logits(case, device):
     truth, true_grads = run(oracle.router_logits, torch.Tensor.double)
     eager, eager_grads = run(oracle.router_logits)
     assert out.dtype == kind
-    tolerance.close(out, truth, eager, units=8)
+    # tensor cores cut, and do not round, the sum they add 16 products to
+    units = 8 + case["H"] // 64 if device == "cuda" and case["x"] == torch.bfloat16 else 8
+    tolerance.close(out, truth, eager, units=units)
     for (name, value), a, b, c in zip(values.items(), grads, true_grads, eager_grads, strict=True):
         assert a.dtype == value.dtype
         tolerance.close(a, b, c, factor=tolerance.BACKWARD, units=8 if a.dtype == kind else 2, what=name)
@@ -174,6 +176,12 @@ def test_route(case, device):
     # one weight divided by itself: its gradient is nothing, or the little that an epsilon leaves
     constant = top_k == 1 and (case["renormalize"] or (case["after"] and case["function"] == "softmax"))
     clean = ~logits.isnan().any(dim=1)
+    magnitude = 0.0
+    if tokens and constant:
+        magnitude = abs(case["scaling"]) * float(g_weights.abs().amax())
+    elif case["function"] == "softmax" and (true_scores[clean] > 0.99).any():
+        # of a score near one, what is left of the cotangent after its mean is taken away
+        magnitude = abs(case["scaling"]) * float(torch.cat([g_weights, g_scores], dim=1).abs().amax()) / 2
     for name, gw, gs in (("weights", 1, 0), ("scores", 0, 1), ("both", 1, 1)):
 
         def grad(leaf, w, s, gw=gw, gs=gs):
@@ -186,7 +194,7 @@ def test_route(case, device):
         assert actual.dtype == dtype
         tolerance.close(
             actual[clean], truth[clean], eager[clean].to(dtype), factor=tolerance.BACKWARD, units=8, what=f"by {name}",
-            magnitude=abs(case["scaling"]) * float(g_weights.abs().amax()) if constant and gw and tokens else 0.0,
+            magnitude=magnitude if gw or not constant else 0.0,
         )  # fmt: skip
 
 
