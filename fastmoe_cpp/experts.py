@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -10,6 +12,9 @@ from . import ops
 from .config import MoEConfig
 from .outputs import DispatchPlan
 from .reference import activate
+
+if TYPE_CHECKING:
+    from .parallel.experts import ParallelExperts
 
 
 class Experts(nn.Module):
@@ -24,6 +29,8 @@ class Experts(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        #: What computes the experts where other ranks hold some of them (parallel.ExpertParallel sets it).
+        self.parallel: ParallelExperts | None = None
         experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
 
         def parameter(*shape: int) -> nn.Parameter:
@@ -46,6 +53,8 @@ class Experts(nn.Module):
 
     def forward(self, hidden_states: Tensor, topk_weights: Tensor, plan: DispatchPlan) -> Tensor:
         """[T, H] of hidden_states [T, H] and topk_weights [T, K] over the plan that ops.dispatch made of the ids."""
+        if self.parallel is not None:
+            return self.parallel(self, hidden_states, topk_weights, plan)
         c = self.config
         return ops.experts(
             hidden_states,
@@ -68,7 +77,7 @@ class Experts(nn.Module):
         c = self.config
         return (
             f"num_experts={c.num_experts}, hidden_size={c.hidden_size}, intermediate_size={c.intermediate_size}, "
-            f"activation={c.activation!r}, bias={c.bias}"
+            f"activation={c.activation!r}, bias={c.bias}" + (f", {self.parallel}" if self.parallel else "")
         )
 
 

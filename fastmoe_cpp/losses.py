@@ -45,12 +45,15 @@ def balance_loss(
     *,
     padding_mask: Tensor | None = None,
     global_counts: Tensor | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Tensor:
     """The balance loss of probs [T, E] or [S, L, E] and topk_ids [T, K] or [S, L, K], best choice first: a scalar.
 
     padding_mask [T] or [S, L] bool is True for padding. global_counts [E] are the counts of 'global', to which the
     caller adds micro-batches and ranks (a mean of the ranks' gradients is then that of the global loss); without them
-    'global' is 'batch'. Raises ValueError for an unknown form or for global_counts with another form.
+    'global' is 'batch'. With a group, every form is of its ranks' tokens as one batch: the mean of the ranks' results
+    is that batch's loss, the mean of their gradients its gradient, however many tokens each has. Every rank calls it.
+    Raises ValueError for an unknown form or for global_counts with another form.
     """
     if form not in BALANCE_LOSSES:
         raise ValueError(f"form must be one of {', '.join(map(repr, BALANCE_LOSSES))}, got {form!r}")
@@ -70,19 +73,44 @@ def balance_loss(
     else:
         padding_mask = padding_mask.reshape(sequences, length)
         tokens = (~padding_mask).sum(dim=1, keepdim=True).clamp(min=1)
+    counts = None if global_counts is not None else ops.expert_counts(topk_ids, num_experts, padding_mask)
+    divisor: Tensor | int = max(sequences, 1)
+    averaged: Tensor | float = tokens
+    if group is not None and form == "sequence":
+        divisor = _mean_over_ranks(torch.full((), sequences, dtype=torch.int64, device=probs.device), group)
+    elif group is not None:
+        own = torch.full((1,), length, dtype=torch.int64, device=probs.device)
+        if padding_mask is not None:
+            own = (~padding_mask).sum(dim=1)
+        total = sum_over_ranks(own if counts is None else torch.cat([own, counts[0]]), group)
+        counts, tokens = total[None, 1:], total[:1].clamp(min=1)
+        averaged = tokens.to(probs.dtype) / group.size()
     if global_counts is None:
-        counts = ops.expert_counts(topk_ids, num_experts, padding_mask).to(probs.dtype)
-        share = counts / tokens if form in ("switch", "huggingface") else counts / (tokens * top_k)
+        share = counts.to(probs.dtype) / (tokens if form in ("switch", "huggingface") else tokens * top_k)
     else:
         counts = global_counts.to(probs.dtype)[None]
         share = counts / counts.sum().clamp(min=1)
     # Sizes divide the tensor: as the operator's scale a symbolic size would fix the graph to one number of sequences.
-    return ops.balance_loss(probs, share / tokens / max(sequences, 1), float(num_experts), padding_mask)
+    return ops.balance_loss(probs, share / averaged / divisor, float(num_experts), padding_mask)
 
 
-def z_loss(logits: Tensor, padding_mask: Tensor | None = None) -> Tensor:
-    """Mean of logsumexp(logits [T, E])^2 over the tokens that are not padding (ST-MoE, arXiv 2202.08906): a scalar."""
-    return ops.z_loss(logits, 1.0, padding_mask)
+def z_loss(logits: Tensor, padding_mask: Tensor | None = None, *, group: dist.ProcessGroup | None = None) -> Tensor:
+    """Mean of logsumexp(logits [T, E])^2 over the tokens that are not padding (ST-MoE, arXiv 2202.08906): a scalar.
+
+    With a group, its ranks' tokens are one batch, as for balance_loss.
+    """
+    loss = ops.z_loss(logits, 1.0, padding_mask)
+    if group is None:
+        return loss
+    own = torch.full((), logits.shape[0], dtype=torch.int64, device=logits.device)
+    if padding_mask is not None:
+        own = (~padding_mask).sum()
+    return loss * (own.to(loss.dtype) / _mean_over_ranks(own, group).to(loss.dtype))
+
+
+def _mean_over_ranks(count: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """A count's mean in float64; of nothing anywhere 1 / ranks, to divide by."""
+    return sum_over_ranks(count, group).clamp(min=1).double() / group.size()
 
 
 def huggingface(
@@ -112,7 +140,12 @@ def sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if group is None:
         return counts
     counts = counts.clone()
-    dist.all_reduce(counts, group=group)
+    try:
+        dist.all_reduce(counts, group=group)
+    except RuntimeError as error:
+        from .parallel.exchange import failed
+
+        raise failed("sum_over_ranks", group, error) from error
     return counts
 
 

@@ -39,7 +39,8 @@ class MoE(nn.Module):
         if config.shared_intermediate_size is not None:
             self.shared_experts = SharedExperts(config, device=device, dtype=dtype)
         self.aux_loss_scale: float | Tensor = 1.0
-        #: Ranks over which the 'global' balance loss counts, besides micro-batches; None is this rank alone.
+        #: Ranks whose tokens are one batch to the balance and z losses and to update_expert_bias(): the mean over them
+        #: of the losses, or of their gradients, is the whole batch's. None is this rank alone.
         self.balance_group: torch.distributed.ProcessGroup | None = None
         # [E] int64 while a monitor.LoadMonitor watches the layer
         self.register_buffer("load", None, persistent=False)
@@ -151,8 +152,11 @@ class MoE(nn.Module):
         if form == "sequence" and hidden_states.dim() > 2:
             sequences = hidden_states.shape[:-1].numel() // max(hidden_states.shape[-2], 1)
             probs = probs.reshape(sequences, hidden_states.shape[-2], c.num_experts)
-        balance_loss = losses.balance_loss(probs, ids, form, padding_mask=padding_mask, global_counts=global_counts)
-        z_loss = losses.z_loss(routing.logits, padding_mask)
+        group = self.balance_group
+        balance_loss = losses.balance_loss(
+            probs, ids, form, padding_mask=padding_mask, global_counts=global_counts, group=group
+        )
+        z_loss = losses.z_loss(routing.logits, padding_mask, group=group)
         aux_loss = router.balance_loss_coefficient * balance_loss + router.z_loss_coefficient * z_loss
         return balance_loss, z_loss, aux_loss
 
@@ -160,10 +164,11 @@ class MoE(nn.Module):
         """Once an optimizer step: expert_bias += rate * sign(mean(counts) - counts), and the counts start again at 0.
 
         The counts are of every training pass since the last call, however many micro-batches; a pass run again by
-        activation checkpointing is not counted twice. group sums the counts over its ranks, which then hold the same
-        bias. Also starts the counts of the 'global' balance loss again. Does nothing where neither is configured.
+        activation checkpointing is not counted twice. group (balance_group where it is None) sums the counts over its
+        ranks, which then hold the same bias. Also starts the counts of the 'global' balance loss again. Does nothing
+        where neither is configured.
         """
-        self.router.update_expert_bias(group)
+        self.router.update_expert_bias(self.balance_group if group is None else group)
 
     @classmethod
     def from_hf_block(cls, block: nn.Module, config: Any, **changes: Any) -> MoE:

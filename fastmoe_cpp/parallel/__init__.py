@@ -1,5 +1,15 @@
 """The layer over several ranks, on torch.distributed."""
 
 from .exchange import ExchangeError, all_to_all_rows, exchange_counts
+from .gradients import average_gradients, clip_grad_norm_, grad_norm
+from .style import ExpertParallel
 
-__all__ = ["ExchangeError", "all_to_all_rows", "exchange_counts"]
+__all__ = [
+    "ExchangeError",
+    "ExpertParallel",
+    "all_to_all_rows",
+    "average_gradients",
+    "clip_grad_norm_",
+    "exchange_counts",
+    "grad_norm",
+]

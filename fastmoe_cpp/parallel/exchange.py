@@ -86,7 +86,7 @@ def all_to_all_rows(
     *,
     operation: str = "all_to_all_rows",
 ) -> Tensor:
-    """Sends consecutive rows [N, ...] to the ranks of a group; returns what the ranks sent here, [sum(recv_counts), ...].
+    """Sends consecutive rows [N, ...] to the ranks of a group; returns what they sent here, [sum(recv_counts), ...].
 
     send_counts (W integers, sum N) are the rows for each rank, in rank order; recv_counts are the rows from each, which
     the caller knows (exchange_counts). Both are lists or integer tensors on the CPU. A differentiable collective: every

@@ -9,9 +9,9 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from support.ranks import RankFailed, run_ranks
 
 from fastmoe_cpp.parallel import ExchangeError, all_to_all_rows, exchange_counts
-from support.ranks import RankFailed, run_ranks
 
 #: send[r][s] rows go from rank r to rank s: uneven, ranks that send nothing, that get nothing, nobody anything.
 PATTERNS = {

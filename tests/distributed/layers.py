@@ -1,0 +1,56 @@
+"""The same layer on one rank and spread over several, and each rank's part of a batch."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from modules.cases import CASES, make
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import parallelize_module
+
+from fastmoe_cpp import MoE, MoEConfig
+from fastmoe_cpp.parallel import ExpertParallel
+
+#: Sequences of LENGTH tokens of each rank: even, uneven, ranks with none, none at all.
+SEQUENCES = {
+    1: [[5], [0]],
+    2: [[4, 4], [1, 6], [0, 4], [3, 0], [0, 0]],
+    4: [[3, 3, 3, 3], [1, 5, 0, 2], [0, 0, 3, 0]],
+}
+LENGTH = 2
+
+
+def ep_mesh(ranks: int) -> DeviceMesh:
+    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
+
+
+def pair(case: str | MoEConfig, mesh: DeviceMesh, dtype=torch.float64, **style) -> tuple[MoE, MoE]:
+    """A layer on this rank alone, and its twin over the mesh."""
+    torch.manual_seed(0)
+    whole = make(case, dtype=dtype)
+    spread = nn.ModuleDict({"moe": copy.deepcopy(whole)})
+    parallelize_module(spread, mesh, {"moe": ExpertParallel(**style)})
+    return whole, spread["moe"]
+
+
+def batch(sequences: list[int], hidden: int, seed: int = 0, dtype=torch.float64) -> list[Tensor]:
+    """Each rank's [S, LENGTH, H], the same list on every rank; ranks differ in what they prefer."""
+    g = torch.Generator().manual_seed(seed)
+    drawn = [torch.randn(s, LENGTH, hidden, generator=g, dtype=torch.float64) for s in sequences]
+    return [(x + 0.3 * rank).to(dtype) for rank, x in enumerate(drawn)]
+
+
+def full(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def near(actual: Tensor, expected: Tensor, what: str, rtol: float = 1e-11) -> None:
+    """Relative to the largest entry."""
+    size = expected.detach().abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * size + 1e-13, msg=lambda m: f"{what}: {m}")
+
+
+__all__ = ["CASES", "LENGTH", "SEQUENCES", "batch", "ep_mesh", "full", "near", "pair"]
