@@ -10,12 +10,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import activations
 from transformers.integrations import moe as registry
 
 from ... import ops
+from .activation import GATED, elementwise
 
 NAME = "fastmoe_cpp"
 
@@ -32,18 +31,6 @@ class FusedActivation(NamedTuple):
     interleaved: bool = False
 
 
-_GATED = {"silu": "swiglu", "gelu": "geglu", "gelu_tanh": "geglu_tanh", "relu": "reglu"}
-
-_CURVE_OF_CLASS: dict[type, str] = {
-    nn.SiLU: "silu",
-    activations.SiLUActivation: "silu",
-    activations.GELUActivation: "gelu",
-    activations.GELUTanh: "gelu_tanh",
-    activations.NewGELUActivation: "gelu_tanh",
-    nn.ReLU: "relu",
-    activations.ReLUSquaredActivation: "relu2",
-}
-
 # Gates that clamp and then compute (up + 1) * gate * sigmoid(alpha * gate), by where they are defined: the attributes
 # that hold alpha and limit, and whether gate and up alternate.
 _CLAMPED_GATES = {
@@ -55,19 +42,6 @@ _CLAMPED_GATES = {
 }  # fmt: skip
 
 
-def _curve(act_fn: object) -> str | None:
-    """The elementwise activation that act_fn is: 'silu', 'gelu', 'gelu_tanh', 'relu' or 'relu2'; None for another."""
-    if act_fn is F.silu:
-        return "silu"
-    if act_fn is F.gelu:
-        return "gelu"
-    if act_fn is F.relu:
-        return "relu"
-    if type(act_fn) is nn.GELU:
-        return "gelu" if act_fn.approximate == "none" else "gelu_tanh"
-    return _CURVE_OF_CLASS.get(type(act_fn))
-
-
 @torch.compiler.assume_constant_result
 def _clamped_gate(kind: type) -> tuple[str, str, bool] | None:
     gate = kind._apply_gate
@@ -77,13 +51,13 @@ def _clamped_gate(kind: type) -> tuple[str, str, bool] | None:
 def fused_activation(experts: nn.Module) -> FusedActivation | None:
     """The activation of ops.experts that a decorated module's is, or None where it is one of the module's own."""
     if not experts.has_gate:
-        curve = _curve(experts.act_fn)
-        return None if curve is None else FusedActivation(curve)
+        name = elementwise(experts.act_fn)
+        return None if name is None else FusedActivation(name)
     if "_apply_gate" in vars(experts):
         return None
     if type(experts)._apply_gate is registry._default_apply_gate:
-        curve = _GATED.get(_curve(experts.act_fn))
-        return None if curve is None else FusedActivation(curve)
+        name = GATED.get(elementwise(experts.act_fn))
+        return None if name is None else FusedActivation(name)
     clamped = _clamped_gate(type(experts))
     if clamped is None:
         return None
