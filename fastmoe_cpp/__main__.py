@@ -1,4 +1,9 @@
-"""The commands: ``python -m fastmoe_cpp doctor`` and ``python -m fastmoe_cpp bench``."""
+"""The commands.
+
+``python -m fastmoe_cpp doctor`` and ``python -m fastmoe_cpp bench`` are about this installation;
+``python -m fastmoe_cpp convert``, ``python -m fastmoe_cpp inspect`` and ``python -m fastmoe_cpp upcycle`` are about
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -40,9 +45,19 @@ def main(argv: list[str] | None = None) -> int:
         help="times the CPU kernels beside plain torch, transformers' blocks and the BLAS bound (has its own --help)",
         add_help=False,
     )
+    for command, about in (
+        ("convert", "writes a checkpoint in another layout (has its own --help)"),
+        ("inspect", "what is in a checkpoint, and what is wrong with it (has its own --help)"),
+        ("upcycle", "makes a MoE checkpoint from a dense one (has its own --help)"),
+    ):
+        commands.add_parser(command, help=about, add_help=False)
     arguments, rest = parser.parse_known_args(argv)
     if arguments.command == "bench":
         return bench(rest)
+    if arguments.command in ("convert", "inspect", "upcycle"):
+        from .checkpoint import commands as checkpoint_commands
+
+        return checkpoint_commands.main(arguments.command, rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     from . import doctor

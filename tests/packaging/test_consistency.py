@@ -60,7 +60,7 @@ def test_commands_that_documents_name_exist() -> None:
         [sys.executable, "-m", "fastmoe_cpp", "--help"], cwd=ROOT, capture_output=True, text=True
     ).stdout
     offered = set(re.findall(r"^    (\w+) ", help_text, re.MULTILINE))
-    assert "doctor" in named and named <= offered == {"doctor", "bench"}
+    assert "doctor" in named and named <= offered == {"doctor", "bench", "convert", "inspect", "upcycle"}
     assert commands.__doc__ is not None and offered == set(re.findall(r"python -m fastmoe_cpp (\w+)", commands.__doc__))
 
 
