@@ -152,7 +152,7 @@ _COMMON = (
     Argument(
         name="balance_loss_weight", kind=float, default=1.0, minimum=0, becomes="router.balance_loss_coefficient",
     ),
-    Argument(name="fmoefy", kind=bool, default=False, becomes="whether the script calls the adapter"),
+    Argument(name="fmoefy", kind=bool, default=True, becomes="whether the model's MLPs are replaced (as a flag: off)"),
     Argument(
         name="distributed_experts", kind=bool, default=True,
         becomes="whether the data-parallel ranks hold experts of their own",
@@ -173,40 +173,46 @@ _COMMON = (
         refused="torch's DistributedDataParallel would average different experts",
     ),
 )  # fmt: skip
+_ONLY_V2_2 = (Argument(name="fp32_allreduce", kind=bool, default=False, becomes="DistributedDataParallel"),)
+_INTERLEAVED = "interleaved stages have no place in the experts' checkpoint files"
 _FROM_V2_5 = (
     Argument(name="bf16", kind=bool, default=False, becomes="dtype"),
     Argument(name="ffn_hidden_size", kind=int, default=None, minimum=1, becomes="default of --hidden-hidden-size"),
     Argument(
-        name="accumulate_allreduce_grads_in_fp32", kind=bool, default=False, becomes="DistributedDataParallel",
+        name="accumulate_allreduce_grads_in_fp32",
+        kind=bool,
+        default=False,
+        becomes="DistributedDataParallel",
     ),
+    Argument(name="num_layers_per_virtual_pipeline_stage", kind=int, default=None, refused=_INTERLEAVED),
+    Argument(name="virtual_pipeline_model_parallel_size", kind=int, default=None, refused=_INTERLEAVED),
     Argument(
-        name="use_contiguous_buffers_in_local_ddp", kind=bool, default=True, becomes="DistributedDataParallel",
-    ),
-    Argument(
-        name="num_layers_per_virtual_pipeline_stage", kind=int, default=None,
-        refused="interleaved stages have no place in the experts' checkpoint files",
-    ),
-    Argument(
-        name="virtual_pipeline_model_parallel_size", kind=int, default=None,
-        refused="interleaved stages have no place in the experts' checkpoint files",
-    ),
-    Argument(
-        name="log_num_zeros_in_grad", kind=bool, default=False,
+        name="log_num_zeros_in_grad",
+        kind=bool,
+        default=False,
         refused="the host counts the experts of one data-parallel rank alone",
     ),
-)  # fmt: skip
-_FROM_V3_0_2 = (
+)
+_ONLY_V2_5 = (
+    Argument(name="use_contiguous_buffers_in_ddp", kind=bool, default=False, becomes="DistributedDataParallel"),
+)
+_ONLY_V3_0_2 = (
+    Argument(name="use_contiguous_buffers_in_local_ddp", kind=bool, default=True, becomes="DistributedDataParallel"),
     Argument(
         name="sequence_parallel", kind=bool, default=False,
         refused="a tensor-parallel rank's router would see a part of the sequence",
+    ),
+    Argument(
+        name="transformer_pipeline_model_parallel_size", kind=int, default=None, minimum=1,
+        becomes="stages with transformer layers, for the balance loss",
     ),
 )  # fmt: skip
 
 #: The tables of Megatron-LM, by the adapter's version.
 MEGATRON_LM: dict[str, tuple[Argument, ...]] = {
-    "2.2": _COMMON,
-    "2.5": _COMMON + _FROM_V2_5,
-    "3.0.2": _COMMON + _FROM_V2_5 + _FROM_V3_0_2,
+    "2.2": _COMMON + _ONLY_V2_2,
+    "2.5": _COMMON + _FROM_V2_5 + _ONLY_V2_5,
+    "3.0.2": _COMMON + _FROM_V2_5 + _ONLY_V3_0_2,
 }
 
 
@@ -225,14 +231,13 @@ def read_megatron_lm(args: Any, version: str) -> dict[str, Any]:
         raise contradiction(host, "fp16", True, "bf16", True, "parameters have one dtype")
     expected = torch.float16 if values["fp16"] else torch.bfloat16 if values.get("bf16") else torch.float32
     if values["params_dtype"] not in (None, expected):
-        flag = "fp16" if values["fp16"] or not values.get("bf16") else "bf16"
+        flag = "bf16" if values.get("bf16") else "fp16"
         raise contradiction(host, "params_dtype", values["params_dtype"], flag, values[flag], f"that is {expected}")
     values["params_dtype"] = expected
-    if values.get("accumulate_allreduce_grads_in_fp32") and not values["use_contiguous_buffers_in_local_ddp"]:
+    buffers = next((name for name in values if name.startswith("use_contiguous_buffers")), None)
+    if buffers is not None and values["accumulate_allreduce_grads_in_fp32"] and not values[buffers]:
         why = "float32 gradients are kept in the contiguous buffers"
-        raise contradiction(
-            host, "accumulate_allreduce_grads_in_fp32", True, "use_contiguous_buffers_in_local_ddp", False, why
-        )
+        raise contradiction(host, "accumulate_allreduce_grads_in_fp32", True, buffers, False, why)
     sizes = [values[f"{axis}_parallel_size"] for axis in ("data", "tensor_model", "pipeline_model")]
     if values["world_size"] is not None and values["world_size"] != math.prod(sizes):
         why = f"the world is data * tensor * pipeline = {' * '.join(map(str, sizes))}"
