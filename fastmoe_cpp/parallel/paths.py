@@ -43,8 +43,12 @@ class AllToAllSingle:
 PATHS: dict[str, type[AllToAllSingle]] = {AllToAllSingle.name: AllToAllSingle}
 
 
-def choose_path(wanted: str, group: dist.ProcessGroup) -> Path:
-    """The path called `wanted`, or for 'auto' the best that the group can do. ValueError for an unknown name."""
+def check_path(wanted: str) -> None:
+    """ValueError for a name that is neither a path's nor 'auto'."""
     if wanted != "auto" and wanted not in PATHS:
         raise ValueError(f"path must be one of 'auto', {', '.join(map(repr, PATHS))}, got {wanted!r}")
+
+
+def choose_path(wanted: str, group: dist.ProcessGroup) -> Path:
+    """The path called `wanted`, or for 'auto' the best that the group can do."""
     return PATHS[AllToAllSingle.name if wanted == "auto" else wanted](group)

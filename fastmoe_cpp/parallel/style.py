@@ -12,7 +12,7 @@ from ..moe import MoE
 from .agreement import check_agreement, facts_of
 from .exchange import resolve
 from .experts import ParallelExperts
-from .paths import choose_path
+from .paths import check_path, choose_path
 
 GRADIENTS = ("mean", "sum")
 
@@ -43,6 +43,7 @@ class ExpertParallel(ParallelStyle):
         super().__init__()
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, got {gradient!r}")
+        check_path(path)
         if balance_group is not None:
             resolve(balance_group)
         self.gradient, self.balance_group, self.path = gradient, balance_group, path
