@@ -1,5 +1,6 @@
 """The layer over several ranks, on torch.distributed."""
 
+from .checkpoint import export_safetensors, load_checkpoint, save_checkpoint
 from .exchange import ExchangeError, all_to_all_rows, exchange_counts
 from .gradients import average_gradients, clip_grad_norm_, grad_norm
 from .style import ExpertParallel
@@ -11,5 +12,8 @@ __all__ = [
     "average_gradients",
     "clip_grad_norm_",
     "exchange_counts",
+    "export_safetensors",
     "grad_norm",
+    "load_checkpoint",
+    "save_checkpoint",
 ]

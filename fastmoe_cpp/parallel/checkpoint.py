@@ -1,0 +1,95 @@
+"""Checkpoints of models of which each rank holds a part: any number of ranks writes, any other number reads.
+
+Experts are kept under their numbers in the whole layer: a parameter spread over ranks is one tensor [E, ...] in the
+checkpoint, of which every rank writes and reads its own part (torch.distributed.checkpoint).
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
+
+_OPTIONS = StateDictOptions(strict=True)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def save_checkpoint(
+    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Writes a model and its optimizer's state to a folder that every rank reaches. A collective.
+
+    Plain tensors, which every rank holds whole, are written once; buffers that a state_dict leaves out are not written.
+    """
+    model_state, optimizer_state = get_state_dict(model, optimizer or (), options=_OPTIONS)
+    state = {"model": model_state} | ({} if optimizer is None else {"optimizer": optimizer_state})
+    dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def load_checkpoint(
+    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> None:
+    """Reads what save_checkpoint wrote into a model, spread over however many ranks, and its optimizer. A collective.
+
+    Raises ValueError, and changes nothing, where a tensor is missing or has another shape or dtype than the model's.
+    """
+    if not Path(folder, ".metadata").is_file():
+        raise ValueError(f"folder must hold a checkpoint of save_checkpoint, there is none in {os.fspath(folder)}")
+    model_state, optimizer_state = get_state_dict(model, optimizer or (), options=_OPTIONS)
+    _check_tensors(folder, model_state)
+    state = {"model": model_state} | ({} if optimizer is None else {"optimizer": optimizer_state})
+    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    set_state_dict(
+        model, optimizer or (), model_state_dict=state["model"], optim_state_dict=state.get("optimizer", {}),
+        options=_OPTIONS,
+    )  # fmt: skip
+
+
+def _check_tensors(folder: str | os.PathLike, model_state: dict[str, Tensor]) -> None:
+    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    for name, tensor in model_state.items():
+        there = stored.get(f"model.{name}")
+        if there is None:
+            raise ValueError(f"the checkpoint in {os.fspath(folder)} must hold {name}, and does not")
+        if there.size != tensor.shape or there.properties.dtype != tensor.dtype:
+            raise ValueError(
+                f"{name} must be {tensor.dtype} {list(tensor.shape)}, the checkpoint in {os.fspath(folder)} holds "
+                f"{there.properties.dtype} {list(there.size)}"
+            )
+    names = {f"model.{name}" for name in model_state}
+    if extra := sorted(name for name in stored if name.startswith("model.") and name not in names):
+        raise ValueError(f"the model lacks {extra[0].removeprefix('model.')}, which the checkpoint holds")
+
+
+@torch.no_grad()
+def export_safetensors(path: str | os.PathLike, model: nn.Module, metadata: dict[str, str] | None = None) -> None:
+    """Writes the whole model's state_dict as one safetensors file, whatever ranks hold it. A collective.
+
+    Rank 0 of the default group writes; it gathers one tensor at a time and keeps all of them in host memory. Needs the
+    safetensors package.
+    """
+    try:
+        from safetensors.torch import save_file
+    except ImportError:
+        raise ImportError("export_safetensors needs safetensors: pip install safetensors") from None
+    whole: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"state_dict()[{name!r}] must be a tensor, got {type(tensor).__name__}")
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if _rank() == 0:
+            # a copy of its own: the format has no shared memory
+            whole[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    if _rank() == 0:
+        save_file(whole, os.fspath(path), metadata)
+    if dist.is_initialized():
+        dist.barrier()
