@@ -26,23 +26,23 @@ def merged_state_dict(
     """
     local = module.state_dict()
     layers = _expert_layers(module)
-    merged: dict[str, Tensor] = {}
+    owner = {key: next((n for n in layers if key.startswith(f"{n}experts.")), None) for key in local}
+    # before the first collective: a refusal must come on every process
+    stacked = {key for key, name in owner.items() if name is not None and _stacked(layers[name], key[len(name) :])}
     keep = every_rank or _is_first(layers, group)
+    merged: dict[str, Tensor] = {}
     for key, value in local.items():
-        if not isinstance(value, Tensor):  # a module's extra state
+        name = owner[key]
+        if name is None or not isinstance(value, Tensor):  # what is no tensor is a module's extra state
             if keep:
-                merged[key] = value
-            continue
-        name = next((n for n in layers if key.startswith(f"{n}experts.")), None)
-        if name is None:
-            if keep:
-                merged[key] = value.detach().to("cpu", copy=True)
+                merged[key] = value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else value
             continue
         layer = layers[name]
-        parts = _gather(value.detach(), group_of(group or layer.moe_group, layer.world_size, "the group"), every_rank)
+        processes = group_of(group or layer.moe_group, layer.world_size, "the group")
+        parts = _gather(value.detach(), processes, every_rank)
         if not keep:
             continue
-        if _stacked(layer, key[len(name) :]):
+        if key in stacked:
             merged[key] = torch.cat(parts)
             continue
         index, rest = key[len(name) + len("experts.") :].split(".", 1)
