@@ -107,5 +107,5 @@ $(VENV)/hosts/%/.ready: requirements/hosts/%.txt $(VENV)/.test $(VENV)/.built
 	@shared=$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  own=$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
 	  echo "import site; site.addsitedir('$$shared')" > "$$own/shared.pth"
-	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check $$(sed -n 's/^# pip: //p' $<) -r $<
 	@touch $@
