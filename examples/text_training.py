@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from text_data import BadInput, Batches, Text, even_windows
 from text_model import LoopMoE, TextModel
+from text_ranks import Ranks, spread_model, spread_optimizer, whole
 from torch import Tensor
 
 from fastmoe_cpp import MoE, MoEConfig, RouterConfig
 
 OURS, LOOP = "fastmoe_cpp", "torch loop"
-FORMAT = "fastmoe_cpp train_text, version 1"
+FORMAT = "fastmoe_cpp train_text, version 2"
 #: The two loss curves must be this close, relative, over that many first steps (float32).
 AGREEMENT, AGREEMENT_STEPS = 1e-4, 100
 HELD_OUT_WINDOWS = 32
@@ -95,21 +96,28 @@ def bits(nats: float) -> float:
 
 
 class Learner:
-    """One model, its optimizer, and one step of training."""
+    """One model, its optimizer, and one step of training. Ours is spread over the ranks, and they over the batch."""
 
-    def __init__(self, name: str, settings: Settings, device: torch.device) -> None:
-        self.name, self.settings, self.device = name, settings, device
+    def __init__(self, name: str, settings: Settings, device: torch.device, ranks: Ranks) -> None:
+        self.name, self.settings, self.device, self.ranks = name, settings, device, ranks
         s = settings
         torch.manual_seed(s.seed)
         self.model = TextModel(
             MoE if name == OURS else LoopMoE, s.moe(), layers=s.layers, heads=s.heads, context=s.context,
             checkpoint_activations=s.checkpoint_activations,
         ).to(device)  # fmt: skip
+        self.spread = ranks.size > 1 and name == OURS
+        if self.spread:
+            ranks.parallelize(self.model)
         # the loop's shapes depend on the data, so it can't be one graph
         self.run = torch.compile(self.model, fullgraph=name == OURS) if s.compile else self.model
-        matrices = [p for p in self.model.parameters() if p.dim() > 1]
-        vectors = [p for p in self.model.parameters() if p.dim() <= 1]
-        groups = [{"params": matrices, "weight_decay": s.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        # what is spread over ranks and what is not can't be updated by one kernel, so experts are a group of their own
+        named = list(self.model.named_parameters())
+        experts = [p for n, p in named if ".experts." in n]
+        matrices = [p for n, p in named if p.dim() > 1 and ".experts." not in n]
+        vectors = [p for _, p in named if p.dim() <= 1]
+        groups = [{"params": p, "weight_decay": s.weight_decay} for p in (matrices, experts)]
+        groups.append({"params": vectors, "weight_decay": 0.0})
         self.optimizer = torch.optim.AdamW(groups, lr=s.learning_rate, betas=(0.9, 0.99), fused=True)
 
     def autocast(self) -> contextlib.AbstractContextManager:
@@ -121,22 +129,32 @@ class Learner:
         """Trains on windows [B, context + 1]; the loss in bits a byte, the balance loss, the load and the seconds."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self.spread:
+            windows = self.ranks.share(windows)
         self.wait()
         start = time.perf_counter()
         with self.autocast():
             out = self.run(windows[:, :-1])
             loss = F.cross_entropy(out.logits.flatten(0, 1), windows[:, 1:].flatten())
         (loss + out.aux_loss).backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
+        if self.spread:
+            self.ranks.clip(self.model, GRADIENT_CLIP)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_CLIP)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.wait()
         seconds = time.perf_counter() - start
+        loss, balance_loss, tokens_per_expert = loss, out.balance_loss, out.tokens_per_expert
+        if self.spread:
+            loss, balance_loss, tokens_per_expert = self.ranks.total(
+                loss / self.ranks.size, balance_loss / self.ranks.size, tokens_per_expert
+            )
         return {
             "bits_per_byte": bits(loss.item()),
-            "balance_loss": out.balance_loss.item(),
+            "balance_loss": balance_loss.item(),
             "seconds": seconds,
-            "tokens_per_expert": out.tokens_per_expert.tolist(),
+            "tokens_per_expert": tokens_per_expert.tolist(),
         }
 
     def wait(self) -> None:
@@ -147,13 +165,17 @@ class Learner:
     def held_out(self, windows: Tensor) -> float:
         """Bits a byte over windows [N, context + 1]."""
         self.model.eval()
-        total = 0.0
+        total = torch.zeros((), device=self.device)
         with self.autocast():
             for part in windows.split(self.settings.batch_size):
+                # every rank takes part in every exchange, with no window too
+                part = self.ranks.share(part) if self.spread else part
                 logits = self.model(part[:, :-1]).logits
-                total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum").item()
+                total += F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten(), reduction="sum")
         self.model.train()
-        return bits(total / windows[:, 1:].numel())
+        if self.spread:
+            total = self.ranks.total(total)[0]
+        return bits(total.item() / windows[:, 1:].numel())
 
 
 @dataclass(frozen=True)
@@ -199,10 +221,12 @@ def tokens_per_second(history: list[dict[str, Any]], settings: Settings, name: s
 class Training:
     """Both learners, the order of the data, and the history of the run; all of it goes into a checkpoint."""
 
-    def __init__(self, settings: Settings, text: Text, device: torch.device, data: str | None) -> None:
-        self.settings, self.text, self.device, self.data = settings, text, device, data
-        self.learners = [Learner(name, settings, device) for name in ([OURS, LOOP] if settings.compare else [OURS])]
-        first = self.learners[0].model.state_dict()
+    def __init__(self, settings: Settings, text: Text, device: torch.device, data: str | None, ranks: Ranks) -> None:
+        self.settings, self.text, self.device, self.data, self.ranks = settings, text, device, data, ranks
+        # one rank trains the loop, on the whole batch
+        names = [OURS, LOOP] if settings.compare and ranks.main else [OURS]
+        self.learners = [Learner(name, settings, device, ranks) for name in names]
+        first = whole(self.learners[0].model.state_dict())
         for other in self.learners[1:]:
             other.model.load_state_dict(first)
         self.batches = Batches(text.train, settings.batch_size, settings.context, settings.seed)
@@ -229,7 +253,7 @@ class Training:
         return record
 
     def save(self, path: Path) -> None:
-        """Everything that decides the next step; the file appears whole or not at all."""
+        """Everything that decides the next step; the file appears whole or not at all, for any number of ranks."""
         state = {
             "format": FORMAT,
             "settings": asdict(self.settings),
@@ -238,13 +262,15 @@ class Training:
             "data": self.data,
             "device": self.device.type,
             "step": self.done,
-            "models": {learner.name: learner.model.state_dict() for learner in self.learners},
-            "optimizers": {learner.name: learner.optimizer.state_dict() for learner in self.learners},
+            "models": {learner.name: whole(learner.model.state_dict()) for learner in self.learners},
+            "optimizers": {learner.name: whole(learner.optimizer.state_dict()) for learner in self.learners},
             "batches": self.batches.state(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             "history": json.dumps(self.history),
         }
+        if not self.ranks.main:
+            return
         part = path.with_name(path.name + ".part")
         torch.save(state, part)
         os.replace(part, path)
@@ -252,8 +278,8 @@ class Training:
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on where `state`, which read_checkpoint returned, was saved."""
         for learner in self.learners:
-            learner.model.load_state_dict(state["models"][learner.name])
-            learner.optimizer.load_state_dict(state["optimizers"][learner.name])
+            learner.model.load_state_dict(spread_model(state["models"][learner.name], learner.model))
+            learner.optimizer.load_state_dict(spread_optimizer(state["optimizers"][learner.name], learner.optimizer))
         self.batches.restore(state["batches"])
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None and self.device.type == "cuda":

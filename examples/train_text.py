@@ -4,9 +4,11 @@
     python examples/train_text.py --data my/folder     on any folder of text
     python examples/train_text.py --device cuda --dtype bf16
     python examples/train_text.py --resume runs/train_text/checkpoint.pt
+    torchrun --nproc_per_node=2 examples/train_text.py --expert-parallel 2
 
 Both models start from the same weights and see the same batches, so their loss curves must agree: in float32 that is
-checked over the first 100 steps, and the exit status is 1 where they do not.
+checked over the first 100 steps, and the exit status is 1 where they do not. Under torchrun each process holds a part
+of the experts and takes a part of every batch, while the first also trains the loop, alone, on all of it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ try:
     from text_data import SEPARATOR, BadInput, load_text
     from text_model import generate
     from text_picture import draw
+    from text_ranks import Ranks
     from text_training import (
         AGREEMENT,
         AGREEMENT_STEPS,
@@ -76,6 +79,10 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", metavar="FOLDER", help="text files to train on (default: Python's standard library)")
     p.add_argument("--device", choices=("cpu", "cuda"), help="(default: cpu)")
+    p.add_argument(
+        "--expert-parallel", metavar="N", type=int, default=1,
+        help="processes (of torchrun) over which the experts are spread (default: 1)",
+    )  # fmt: skip
     p.add_argument("--out", metavar="FOLDER", type=Path, help="for everything written (default: runs/train_text)")
     p.add_argument("--save", metavar="FILE", type=Path, help="the checkpoint (default: checkpoint.pt in --out)")
     p.add_argument("--save-every", metavar="N", type=int, default=100, help="steps between checkpoints (default: 100)")
@@ -115,6 +122,19 @@ def resolve(args: argparse.Namespace, state: dict[str, Any] | None) -> Settings:
     return Settings(**state["settings"])
 
 
+def open_ranks(args: argparse.Namespace, settings: Settings) -> Ranks:
+    """The processes of the run, once everything that can be refused before they talk to each other was."""
+    n = args.expert_parallel
+    if n > 1 and settings.experts % n:
+        raise BadInput(f"--expert-parallel must divide --experts {settings.experts}, got {n}")
+    if n > 1 and settings.compile:
+        raise BadInput("--compile: the exchange between processes can't be compiled; leave it or --expert-parallel out")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.batch_size % processes:
+        raise BadInput(f"--batch-size must be a multiple of the {processes} processes, got {settings.batch_size}")
+    return Ranks(args.device, n)
+
+
 def open_device(name: str, settings: Settings) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: torch sees no GPU here")
@@ -143,13 +163,14 @@ def prepare(args: argparse.Namespace) -> Training:
         raise BadInput(f"--resume: {args.resume} was trained on {state['source']}, and {text.source} holds other text")
     args.out = args.out or (args.resume.parent if args.resume else Path("runs/train_text"))
     args.save = args.save or args.out / "checkpoint.pt"
+    ranks = open_ranks(args, settings)
     for folder in (args.out, args.save.parent):
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise BadInput(f"--out, --save: can't make the folder {folder}: {error.strerror}") from None
 
-    training = Training(settings, text, device, args.data)
+    training = Training(settings, text, device, args.data, ranks)
     s, model = settings, training.learners[0].model
     total = sum(p.numel() for p in model.parameters())
     routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
@@ -164,6 +185,10 @@ def prepare(args: argparse.Namespace) -> Training:
     names = " and ".join(learner.name for learner in training.learners)
     print(f"training  {names}, {s.steps} steps of {s.batch_size} x {s.context} bytes, {s.dtype}, {where},")
     print(f"          balance loss coefficient {s.balance_loss:g}")
+    if ranks.size > 1:
+        print(
+            f"ranks     {ranks.size}, the experts over {args.expert_parallel}: {model.blocks[0].moe.experts.parallel}"
+        )
     if state is not None:
         training.restore(state)
         print(f"resumed   {args.resume} at step {training.done}")
@@ -174,6 +199,7 @@ class Log:
     """Every record of the history as a line of JSON, after the run's settings."""
 
     def __init__(self, path: Path, training: Training) -> None:
+        path = path if training.ranks.main else Path(os.devnull)
         self.file = path.open("w", encoding="utf-8", buffering=1)
         text = training.text
         self.write(
@@ -192,7 +218,7 @@ class Log:
 
 def train(training: Training, args: argparse.Namespace, log: Log) -> bool:
     """Up to the last step, --stop-at or Ctrl-C, and saves; whether it was the last step."""
-    s, history = training.settings, training.history
+    s, history, ranks = training.settings, training.history, training.ranks
     stop = {"asked": False}
 
     def ask(*_: object) -> None:
@@ -203,13 +229,16 @@ def train(training: Training, args: argparse.Namespace, log: Log) -> bool:
     before = signal.signal(signal.SIGINT, ask)
     started = time.perf_counter()
     bar = tqdm(
-        total=s.steps, initial=training.done, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True,
+        total=s.steps, initial=training.done, unit="step", dynamic_ncols=True,
+        disable=not (ranks.main and sys.stderr.isatty()),
         bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining} {postfix}", leave=False,
     )  # fmt: skip
     try:
         if training.done == 0:
             log.write(training.evaluate())
-        while training.done < s.steps and not stop["asked"] and training.done != args.stop_at:
+        while training.done < s.steps and training.done != args.stop_at:
+            if ranks.any(stop["asked"], training.device):
+                break
             log.write(training.step())
             bar.update()
             held_out = next(r for r in reversed(history) if r["kind"] == "held_out")[OURS]
@@ -260,6 +289,8 @@ def report(training: Training, args: argparse.Namespace, log: Log) -> int:
             ours.model, args.prompt.encode(), args.sample_bytes,
             temperature=args.temperature, seed=s.seed, separator=SEPARATOR,
         ).decode(errors="replace")  # fmt: skip
+    if not training.ranks.main:
+        return 0
     (args.out / "sample.txt").write_text(args.prompt + sample, encoding="utf-8")
     rule = "-" * 88
     print(f"\nWhat the model writes after {args.prompt!r}:\n{rule}\n{args.prompt}{sample}\n{rule}")
@@ -299,10 +330,13 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"train_text: {error}", file=sys.stderr)
         return 2
     log = Log(args.out / "log.jsonl", training)
-    if not train(training, args, log):
+    status = 0
+    if train(training, args, log):
+        status = report(training, args, log)
+    else:
         print(f"stopped at step {training.done} of {training.settings.steps}; go on with --resume {args.save}")
-        return 0
-    return report(training, args, log)
+    training.ranks.close()
+    return status
 
 
 if __name__ == "__main__":
