@@ -80,17 +80,19 @@ def route(logits: Tensor, rule: RoutingRule, expert_bias: Tensor | None) -> Rout
     )
 
 
-@dataclass(frozen=True, eq=False)
 class Assignment:
     """Which expert computes what, for an experts module.
 
-    An object and not a tuple of tensors, so that FSDP, which casts the tensors a module is given to the dtype of its
+    Neither a tuple nor a dataclass, so that FSDP, which casts the tensors in what a module is given to the dtype of its
     parameters, leaves the routing weights in float32.
     """
 
-    topk_weights: Tensor
-    plan: DispatchPlan
-    weight_on_input: bool
+    __slots__ = ("plan", "topk_weights", "weight_on_input")
+
+    def __init__(self, topk_weights: Tensor, plan: DispatchPlan, weight_on_input: bool) -> None:
+        self.topk_weights = topk_weights
+        self.plan = plan
+        self.weight_on_input = weight_on_input
 
 
 _ACTIVATION = ("swiglu", 1.702, 7.0)
