@@ -56,8 +56,8 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     if command == "convert":
         parser = argparse.ArgumentParser(
             prog=program, formatter_class=raw, epilog=f"layouts:\n{layouts}",
-            description="Writes a checkpoint in another layout, in the memory of one expert. The target appears when it is "
-            "whole;\nthe same command goes on where a run was cut off.",
+            description="Writes a checkpoint in another layout, in the memory of one expert. The target appears when "
+            "it is whole;\nthe same command goes on where a run was cut off.",
         )  # fmt: skip
         parser.add_argument("source", metavar="SRC", help="folder or file of the checkpoint")
         parser.add_argument("target", metavar="DST", help="folder to make")
@@ -95,7 +95,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     parser.add_argument("--num-experts", type=int, help="experts a layer")
     parser.add_argument("--top-k", type=int, default=2, help="experts a token (2)")
     parser.add_argument("--mode", choices=("copy", "split", "merge"), default="copy",
-                        help="each expert the dense MLP, or a slice of it, or the MLP of one of several models")  # fmt: skip
+                        help="each expert the dense MLP, a slice of it, or another model's MLP")  # fmt: skip
     parser.add_argument("--granularity", type=int, help="slices an MLP is cut into (split; by default --num-experts)")
     parser.add_argument(
         "--expert", action="append", default=[], metavar="DENSE", help="a model of merge, once for each expert"

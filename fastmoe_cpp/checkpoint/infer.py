@@ -9,7 +9,7 @@ from typing import Any
 
 from ..config import ACTIVATIONS, GATED_ACTIVATIONS, MoEConfig, RouterConfig
 from .errors import ConfigError
-from .layouts.base import EXPERT, FLAT, STACK, Entry, Layout, config_from_json
+from .layouts.base import EXPERT, FLAT, STACK, Entry, Layout, config_from_json, parts_of
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -61,6 +61,8 @@ def _candidates(layout: Layout, shapes: Shapes, gated: bool):
         if {name for entry in table for name in entry.names(trial)} != names:
             continue
         by_part = {part: entry for entry in table for part in entry.parts}
+        if set(by_part) != parts_of(trial):
+            continue
         fields["intermediate_size"] = _inner(by_part["down"], shapes, experts)
         if shared:
             fields["shared_intermediate_size"] = shapes[by_part["shared_down"].name][-1]

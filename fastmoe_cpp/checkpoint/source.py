@@ -93,6 +93,7 @@ class Checkpoint:
             raise ConfigError(f"{self.path}: {OWN_KEY} in config.json must be an object")
         #: transformers' configuration, of this checkpoint or of the one it was converted from.
         self.hf_config: dict[str, Any] | None = self.config if "model_type" in self.config else self.own.get("config")
+        self._refuse_quantised()
         self.layout, self.layers = self._find_layout(layout)
         self.moe = self._moe()
         self._entries = {part: entry for entry in self.layout.entries(self.moe) for part in entry.parts}
@@ -126,7 +127,6 @@ class Checkpoint:
                 return layout, layers
         if family is not None and family not in families.FAMILIES:
             families.fields_of(self.hf_config or {})
-        self._refuse_quantised()
         if not self.config and name is None:
             fits = [layout for layout in LAYOUTS.values() if layout.family and self._layers_of(layout)]
             if fits:

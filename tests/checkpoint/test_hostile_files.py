@@ -1,0 +1,430 @@
+"""Files that lie: each a typed error that names what is wrong, and nothing written or changed."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+
+from fastmoe_cpp import MoE
+from fastmoe_cpp.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    ConfigError,
+    DtypeError,
+    FileFormatError,
+    MissingTensorError,
+    NonFiniteError,
+    ShapeError,
+    UnknownTensorError,
+    UnsafeFileError,
+    convert,
+    inspect,
+    load_moe,
+)
+from fastmoe_cpp.checkpoint.files import read_header
+
+from . import make
+
+MOE = "model.layers.1.mlp."
+
+
+def raw(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def tensor(shape, begin, end, dtype="F32"):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+HEADERS = {
+    "empty file": (b"", "at least 8 bytes"),
+    "seven bytes": (b"\0" * 7, "at least 8 bytes"),
+    "a header of gigabytes": (struct.pack("<Q", 1 << 40) + b"{}", "at most 100000000 bytes, it claims 1099511627776"),
+    "a negative header": (struct.pack("<q", -1) + b"{}", "at most 100000000"),
+    "a truncated header": (raw({"a": tensor([1], 0, 4)}, length=5000), "claims 5000 bytes"),
+    "no JSON": (raw(b"{oops"), "must be JSON"),
+    "not UTF-8": (raw(b'{"\xff": 1}'), "must be JSON"),
+    "a list": (raw(b"[]"), "must begin with"),
+    "nested beyond reason": (raw(b'{"a":' * 20000 + b"1" + b"}" * 20000), "must be JSON"),
+    "a name twice": (raw(b'{"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]},'
+                         b'"a":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}}', b"x"), "'a' must occur once"),
+    "metadata of numbers": (raw({"__metadata__": {"a": 1}}), "__metadata__"),
+    "an unknown dtype": (raw({"a": tensor([1], 0, 4, "F31")}, b"1234"), "dtype of a must be one of .* got 'F31'"),
+    "a dtype that is no word": (raw({"a": tensor([1], 0, 4, ["F32"])}, b"1234"), "dtype of a must be one of"),
+    "a negative size": (raw({"a": tensor([-1], 0, 4)}, b"1234"), "shape of a"),
+    "a size that is true": (raw({"a": tensor([True], 0, 4)}, b"1234"), "shape of a"),
+    "a size beyond 64 bits": (raw({"a": tensor([1 << 70], 0, 4)}, b"1234"), "shape of a"),
+    "sizes whose product wraps": (raw({"a": tensor([1 << 32, 1 << 32], 0, 0)}), "must have .* bytes"),
+    "a span of the wrong size": (raw({"a": tensor([2], 0, 4)}, b"1234"), "must have 8 bytes, data_offsets give it 4"),
+    "a span backwards": (raw({"a": tensor([1], 4, 0)}, b"1234"), "ascending"),
+    "overlapping spans": (raw({"a": tensor([2], 0, 8), "b": tensor([2], 4, 12)}, b"x" * 12), "overlaps a"),
+    "one span twice": (raw({"a": tensor([1], 0, 4), "b": tensor([1], 0, 4)}, b"1234"), "b must begin .* overlaps a"),
+    "a gap": (raw({"a": tensor([1], 0, 4), "b": tensor([1], 8, 12)}, b"x" * 12), "leaves a gap after a"),
+    "truncated data": (raw({"a": tensor([4], 0, 16)}, b"x" * 15), "truncated"),
+    "data after the end": (raw({"a": tensor([1], 0, 4)}, b"x" * 5), "longer than its header"),
+    "another key": (raw({"a": {**tensor([1], 0, 4), "x": 1}}, b"1234"), "nothing else"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", HEADERS)
+def test_a_header_that_lies(case, tmp_path):
+    content, words = HEADERS[case]
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(content)
+    with pytest.raises(FileFormatError, match=words):
+        read_header(file)
+    make.write(
+        tmp_path, make.layer_tensors("qwen3_moe", "qwen3_moe", make.parts("qwen3_moe", 0), 0), make.CONFIGS["qwen3_moe"]
+    )
+    file.write_bytes(content)
+    refused(tmp_path, FileFormatError, words)
+
+
+VALID = raw(
+    {
+        "__metadata__": {"format": "pt"},
+        "a": tensor([2, 2], 0, 16),
+        "b": tensor([3], 16, 22, "BF16"),
+        "c": tensor([0, 5], 22, 22),
+    },
+    bytes(22),
+)
+
+
+def test_a_valid_header(tmp_path):
+    file = tmp_path / "valid.safetensors"
+    file.write_bytes(VALID)
+    found = read_header(file)
+    assert {name: (info.dtype, info.shape, info.nbytes) for name, info in found.items()} == {
+        "a": ("F32", (2, 2), 16), "b": ("BF16", (3,), 6), "c": ("F32", (0, 5), 0),
+    }  # fmt: skip
+
+
+def agrees_with_the_library(content: bytes, file: Path) -> None:
+    """What we accept the library accepts, with the same names and shapes; everything else is a CheckpointError."""
+    file.write_bytes(content)
+    try:
+        ours = read_header(file)
+    except CheckpointError:
+        return
+    try:
+        with safe_open(file, framework="pt") as opened:
+            theirs = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+    except SafetensorError as error:  # pragma: no cover
+        raise AssertionError(f"we accept what the library refuses: {error}") from error
+    assert {name: info.shape for name, info in ours.items()} == theirs
+
+
+@settings(max_examples=300)
+@given(st.binary(max_size=200))
+@example(VALID)
+def test_any_bytes_are_a_header_or_a_typed_error(tmp_path_factory, content):
+    agrees_with_the_library(content, tmp_path_factory.getbasetemp() / "bytes.safetensors")
+
+
+@settings(max_examples=600)
+@given(st.data())
+def test_any_change_to_a_file_is_read_or_a_typed_error(tmp_path_factory, data):
+    content = bytearray(VALID)
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(content) - 1))
+        how = data.draw(st.sampled_from(["set", "cut", "put"]))
+        if how == "set":
+            content[at] = data.draw(st.integers(0, 255))
+        elif how == "cut" and len(content) > 2:
+            del content[at]
+        else:
+            content.insert(at, data.draw(st.sampled_from(list(b'0123456789{}[]",:aF'))))
+    agrees_with_the_library(bytes(content), tmp_path_factory.getbasetemp() / "changed.safetensors")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 40) | st.sampled_from(["F32", "BF16", "U8", "", "x"]) | st.floats(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+entries = st.fixed_dictionaries(
+    {},
+    optional={"dtype": json_values, "shape": json_values | st.lists(st.integers(0, 4), max_size=3),
+              "data_offsets": json_values | st.lists(st.integers(0, 40), min_size=2, max_size=2)},
+)  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.text(max_size=4), entries | json_values, max_size=3), st.integers(0, 40))
+def test_any_json_is_a_header_or_a_typed_error(tmp_path_factory, header, size):
+    agrees_with_the_library(raw(header, bytes(size)), tmp_path_factory.getbasetemp() / "json.safetensors")
+
+
+# --- whole checkpoints ------------------------------------------------------------------------------------------------
+
+
+def refused(source: Path, error: type[CheckpointError], words: str, **options) -> CheckpointError:
+    """convert and load_moe raise this; no folder appears and no weight changes."""
+    target = source.parent / "out" / "target"
+    with pytest.raises(error, match=words) as caught:
+        convert(source, target, "fastmoe_cpp", **options)
+    assert not target.exists() and not list(target.parent.glob(".*"))
+    opened = Checkpoint(make.checkpoint(source.parent / "whole", "qwen3_moe"))
+    layer = MoE(opened.moe)
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    with pytest.raises(error):
+        load_moe(layer, source, 1, **options)
+    make.same_bits(layer.state_dict(), before)
+    return caught.value
+
+
+def changed(tmp_path: Path, change, kind: str = "qwen3_moe", layout: str | None = None, config=None) -> Path:
+    source = make.checkpoint(tmp_path / "source", kind, layout)
+    tensors = make.read(source)
+    change(tensors)
+    return make.write(source, tensors, config or make.CONFIGS[kind])
+
+
+def test_a_missing_expert(tmp_path):
+    source = changed(tmp_path, lambda t: t.pop(MOE + "experts.3.up_proj.weight"))
+    error = refused(source, MissingTensorError, r"experts.\{N\}.up_proj.weight must be there for N = 0 .. 7: missing 3")
+    assert error.tensor == MOE + "experts.3.up_proj.weight"
+
+
+def test_an_expert_too_many(tmp_path):
+    def add(tensors):
+        tensors[MOE + "experts.8.up_proj.weight"] = tensors[MOE + "experts.7.up_proj.weight"].clone()
+
+    refused(changed(tmp_path, add), MissingTensorError, "too many 8")
+
+
+def test_a_missing_router(tmp_path):
+    source = changed(tmp_path, lambda t: t.pop(MOE + "gate.weight"))
+    refused(source, MissingTensorError, "layers.1.mlp.gate.weight is missing|layer 1 must be a MoE layer")
+
+
+def test_a_tensor_without_a_place(tmp_path):
+    source = changed(tmp_path, lambda t: t.update({MOE + "experts.0.lora.weight": torch.ones(2)}))
+    error = refused(source, UnknownTensorError, "has no place in the layout qwen3_moe")
+    assert error.tensor == MOE + "experts.0.lora.weight"
+
+
+def test_a_wrong_shape(tmp_path):
+    def change(tensors):
+        tensors[MOE + "experts.2.down_proj.weight"] = torch.zeros(make.F, make.H, dtype=torch.bfloat16)
+
+    error = refused(changed(tmp_path, change), ShapeError, r"must have shape \[6, 4\], it has \[4, 6\]")
+    assert (error.tensor, error.expected, error.found) == (MOE + "experts.2.down_proj.weight", (6, 4), (4, 6))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn, torch.bool])
+def test_a_wrong_dtype(tmp_path, dtype):
+    def change(tensors):
+        tensors[MOE + "gate.weight"] = torch.ones(make.E, make.H).to(dtype)
+
+    refused(changed(tmp_path, change), DtypeError, "gate.weight must have one of the dtypes F64, F32, F16, BF16")
+
+
+def test_mixed_dtypes_that_a_packed_tensor_cannot_hold(tmp_path):
+    def change(tensors):
+        name = MOE + "experts.2.down_proj.weight"
+        tensors[name] = tensors[name].float()
+
+    source = changed(tmp_path, change)
+    with pytest.raises(DtypeError, match="experts.2.down_proj.weight must have the dtype of .*BF16.* it has F32"):
+        convert(source, tmp_path / "out", "fastmoe_cpp")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("layout", ["qwen3_moe", "qwen3_moe_packed"])
+def test_not_finite(tmp_path, value, layout):
+    name = MOE + ("experts.gate_up_proj" if layout.endswith("packed") else "experts.5.up_proj.weight")
+
+    def change(tensors):
+        tensors[name].view(-1)[-1] = value
+
+    source = changed(tmp_path, change, layout=layout)
+    error = refused(source, NonFiniteError, "must be finite, it holds 1 NaN or infinite values")
+    assert error.tensor == name
+    assert [p.tensor for p in inspect(source, values=True).all_problems] == [name]
+
+
+def test_quantised_experts(tmp_path):
+    def change(tensors):
+        for layer in range(2):
+            whole = tensors.pop(f"model.layers.{layer}.mlp.experts.gate_up_proj")
+            tensors[f"model.layers.{layer}.mlp.experts.gate_up_proj_blocks"] = torch.zeros(
+                whole.shape, dtype=torch.uint8
+            )
+            tensors[f"model.layers.{layer}.mlp.experts.gate_up_proj_scales"] = torch.zeros(4, dtype=torch.uint8)
+
+    source = changed(tmp_path, change, "gpt_oss")
+    with pytest.raises(CheckpointError, match="gate_up_proj_blocks: .*MXFP4"):
+        convert(source, tmp_path / "out", "fastmoe_cpp")
+    config = {**make.CONFIGS["gpt_oss"], "quantization_config": {"quant_method": "mxfp4"}}
+    source = changed(tmp_path, lambda tensors: None, "gpt_oss", config=config)
+    with pytest.raises(ConfigError, match="quantised .mxfp4"):
+        convert(source, tmp_path / "out", "fastmoe_cpp")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_experts_per_tok": 9}, "top_k must be at most num_experts = 8, got 9"),
+        ({"num_experts_per_tok": "two"}, "top_k must be an integer"),
+        ({"num_experts": 0}, "num_experts must be an integer"),
+        ({"hidden_size": -6}, "hidden_size must be an integer"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers must be an integer"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers must be an integer"),
+        ({"hidden_act": "swoosh"}, "hidden_act must be one of"),
+        ({"model_type": "bert"}, "model_type must be one of"),
+        ({"mlp_only_layers": 7}, "mlp_only_layers must be a list"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense(tmp_path, change, words):
+    source = make.write(
+        make.checkpoint(tmp_path / "source", "qwen3_moe"),
+        make.read(tmp_path / "source"),
+        {**make.CONFIGS["qwen3_moe"], **change},
+    )
+    with pytest.raises(ConfigError, match=words):
+        convert(source, tmp_path / "out", "fastmoe_cpp")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_configuration_that_is_not_the_weights(tmp_path):
+    source = changed(tmp_path, lambda t: None, config={**make.CONFIGS["qwen3_moe"], "num_experts": 4})
+    refused(source, CheckpointError, r"must have shape \[4, 6\], it has \[8, 6\]")
+
+
+def test_no_configuration(tmp_path):
+    source = make.checkpoint(tmp_path / "source", "qwen3_moe")
+    (source / "config.json").unlink()
+    with pytest.raises(ConfigError, match="config.json is missing.*qwen2_moe, .*give the configuration"):
+        inspect(source)
+
+
+# --- folders ----------------------------------------------------------------------------------------------------------
+
+
+def indexed(tmp_path: Path) -> tuple[Path, dict]:
+    source = make.checkpoint(tmp_path / "source", "qwen3_moe", files=3)
+    return source, json.loads((source / "model.safetensors.index.json").read_text())
+
+
+def put(source: Path, index: dict) -> None:
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "where", ["../elsewhere.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "config.json"]
+)
+def test_an_index_that_points_elsewhere(tmp_path, where):
+    source, index = indexed(tmp_path)
+    make.checkpoint(tmp_path, "qwen3_moe")  # a readable file right where '..' leads
+    (tmp_path / "model.safetensors").rename(tmp_path / "elsewhere.safetensors")
+    index["weight_map"][MOE + "gate.weight"] = where
+    put(source, index)
+    error = refused(source, UnsafeFileError, "must lie in a .safetensors file of this folder")
+    assert error.tensor == MOE + "gate.weight"
+
+
+def test_an_index_with_a_missing_shard(tmp_path):
+    source, _ = indexed(tmp_path)
+    (source / "model-00002-of-00003.safetensors").unlink()
+    refused(source, MissingTensorError, "must lie in model-00002-of-00003.safetensors, which is missing")
+    (source / "model.safetensors.index.json").unlink()
+    refused(source, MissingTensorError, "is one of 3 files, 2 are here and there is no index")
+
+
+def test_an_index_that_promises_what_is_not_there(tmp_path):
+    source, index = indexed(tmp_path)
+    index["weight_map"]["model.ghost"] = "model-00001-of-00003.safetensors"
+    put(source, index)
+    refused(source, MissingTensorError, "must hold model.ghost, as the index says")
+
+
+def test_a_tensor_in_no_index(tmp_path):
+    source, index = indexed(tmp_path)
+    del index["weight_map"][MOE + "gate.weight"]
+    put(source, index)
+    refused(source, FileFormatError, "gate.weight is in no index")
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    source, _ = indexed(tmp_path)
+    (source / "model.safetensors.index.json").unlink()
+    first, second = source / "model-00001-of-00003.safetensors", source / "model-00002-of-00003.safetensors"
+    second.write_bytes(first.read_bytes())
+    refused(source, FileFormatError, "must lie in one file, it lies in model-00001")
+
+
+def test_an_index_that_is_no_index(tmp_path):
+    source, _ = indexed(tmp_path)
+    put(source, {"weight_map": {"a": 1}})
+    refused(source, FileFormatError, "weight_map must map")
+    (source / "model.safetensors.index.json").write_text("{" * 100000)
+    refused(source, FileFormatError, "must be JSON")
+
+
+def test_a_link_out_of_the_folder(tmp_path):
+    source = make.checkpoint(tmp_path / "source", "qwen3_moe")
+    secret = tmp_path / "elsewhere.safetensors"
+    (source / "model.safetensors").rename(secret)
+    (source / "model.safetensors").symlink_to(secret)
+    refused(source, UnsafeFileError, "must lie inside .* it leads to .*elsewhere")
+    (source / "model.safetensors").unlink()
+    secret.rename(source / "model.safetensors")
+    (tmp_path / "private.txt").write_text("private")
+    (source / "tokenizer.json").symlink_to(tmp_path / "private.txt")
+    with pytest.raises(UnsafeFileError, match="tokenizer.json: must lie inside"):
+        convert(source, tmp_path / "out", "fastmoe_cpp")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_cache_may_link_into_its_blobs(tmp_path):
+    cache = tmp_path / "models--someone--model"
+    snapshot = make.checkpoint(cache / "snapshots" / "abc", "qwen3_moe")
+    (cache / "blobs").mkdir()
+    for file in list(snapshot.iterdir()):
+        blob = cache / "blobs" / f"sha-{file.name}"
+        file.rename(blob)
+        file.symlink_to(Path("../../blobs") / blob.name)
+    convert(snapshot, tmp_path / "out", "fastmoe_cpp")
+    assert not (tmp_path / "out" / "model.safetensors").is_symlink()
+
+
+# --- pickles ----------------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("was-executed"),))
+
+
+def test_pickles_are_opened_only_where_asked_for(tmp_path):
+    source = make.checkpoint(tmp_path / "source", "qwen3_moe")
+    tensors = make.read(source)
+    (source / "model.safetensors").unlink()
+    torch.save({"model": tensors, "optimizer": {"step": 3}}, source / "model.pt")
+    refused(source, UnsafeFileError, "is a pickle.*--allow-pickle")
+    convert(source, tmp_path / "out", "qwen3_moe", allow_pickle=True)
+    make.same_bits(make.read(tmp_path / "out"), tensors)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = make.checkpoint(tmp_path / "source", "qwen3_moe")
+    (source / "model.safetensors").unlink()
+    torch.save({"a": Evil()}, source / "pytorch_model.bin")
+    with pytest.raises(FileFormatError, match="must be a file of tensors alone"):
+        convert(source, tmp_path / "out", "fastmoe_cpp", allow_pickle=True)
+    (source / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
+    with pytest.raises(FileFormatError, match="must be a file of tensors alone"):
+        convert(source, tmp_path / "out", "fastmoe_cpp", allow_pickle=True)
+    assert not (tmp_path / "was-executed").exists()
