@@ -45,7 +45,9 @@ class _FusedAdam(torch.optim.AdamW):
 
 
 class _LayerNorm(nn.LayerNorm):
-    def __init__(self, size: Any, eps: float = 1e-5, no_persist_layer_norm: bool = True, sequence_parallel: bool = False):
+    def __init__(
+        self, size: Any, eps: float = 1e-5, no_persist_layer_norm: bool = True, sequence_parallel: bool = False
+    ):
         super().__init__(size, eps=eps)
 
 
@@ -55,7 +57,7 @@ class _Tracker:
     def add(self, name: str, seed: int) -> None: ...
 
     def get_states(self) -> dict:
-        return {}
+        return {"model-parallel-rng": torch.zeros(1)}  # an empty one is an error to the hosts
 
     def set_states(self, states: dict) -> None: ...
 
@@ -64,6 +66,12 @@ class _Tracker:
     @contextmanager
     def fork(self, name: str = ""):
         yield
+
+
+def _any_class(name: str) -> type:
+    if name.startswith("__"):
+        raise AttributeError(name)
+    return type(name, (), {})
 
 
 def _stub_packages() -> None:
@@ -79,7 +87,7 @@ def _stub_packages() -> None:
             _stub(name, PY2=False, PY3=True, rearrange=None)
     if importlib.util.find_spec("torchvision") is None:
         for name in ("torchvision", "torchvision.transforms", "torchvision.datasets"):
-            _stub(name, __getattr__=lambda name: type(name, (), {}))
+            _stub(name, __getattr__=_any_class)
 
 
 def _no_cuda() -> None:
