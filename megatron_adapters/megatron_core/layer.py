@@ -49,7 +49,13 @@ class FastMoELayer(MoELayer):
         rest = {"is_mtp_layer": is_mtp_layer, "name": name}
         known = inspect.signature(MoELayer.__init__).parameters
         rest = {key: value for key, value in rest.items() if key in known}
-        super().__init__(config, submodules, layer_number, pg_collection, **rest)
+        # the one of the host's dispatchers that asks for nothing; it is not used
+        dispatcher, config.moe_token_dispatcher_type = config.moe_token_dispatcher_type, "allgather"
+        try:
+            super().__init__(config, submodules, layer_number, pg_collection, **rest)
+        finally:
+            config.moe_token_dispatcher_type = dispatcher
+        self.token_dispatcher = None
         self.moe_config = self.router.moe_config
 
     def forward(

@@ -55,7 +55,7 @@ class TopKRouter(HostTopKRouter):
         logits = ops.router_logits(rows.double() if dtype == "fp64" else rows, self.weight, self.bias)
         if dtype is None and input.dtype in (torch.bfloat16, torch.float16):
             logits = logits.to(input.dtype).float()
-        return logits.reshape(*input.shape[:-1], -1)
+        return logits.reshape(*input.shape[:-1], self.num_experts)
 
     def route(self, hidden_states: Tensor, padding_mask: Tensor | None = None) -> Routing:
         """Routes hidden_states [s, b, H]; padding_mask [s, b] bool, True for padding, counts in no loss and no load."""
@@ -72,7 +72,8 @@ class TopKRouter(HostTopKRouter):
             logits = apply_biased_logits(logits, self.config.moe_router_force_biased, self.layer_number)
         logits = logits.reshape(-1, logits.shape[-1])
         mask = None if padding_mask is None else padding_mask.reshape(-1)
-        logits = self.apply_z_loss(logits, **({} if mask is None else {"padding_mask": mask}))
+        if logits.shape[0] > 0:  # the host's mean of no tokens is NaN
+            logits = self.apply_z_loss(logits, **({} if mask is None else {"padding_mask": mask}))
         weights, ids, scores = self._select(logits)
         if self.training and torch.is_grad_enabled() and self.aux_losses:
             weights = losses.attach(self, weights, ids, scores, mask, sequences)

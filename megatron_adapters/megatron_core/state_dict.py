@@ -79,6 +79,7 @@ def stack(state: dict, prefix: str, experts: GroupedExperts) -> None:
 def sharded(experts: GroupedExperts, prefix: str, sharded_offsets: tuple, metadata: dict | None) -> dict[str, Any]:
     """One ShardedTensor a parameter, under the key and with the global shape the host's experts write."""
     from megatron.core.dist_checkpointing import ShardedTensor
+    from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
     if (metadata or {}).get("singleton_local_shards", False):
         raise ValueError(
@@ -86,8 +87,9 @@ def sharded(experts: GroupedExperts, prefix: str, sharded_offsets: tuple, metada
         )
     prepended = len(sharded_offsets)
     ep = (prepended, experts.ep_group.rank(), experts.ep_group.size())
+    replica = (0, experts.tp_group.rank(), experts.dp_group.rank())
     # the host's experts add the axis of the experts in front of each weight; ours have it
-    result = {}
+    result: dict[str, Any] = {}
     for linear in _LINEARS:
         for kind in ("weight", "bias"):
             parameter = getattr(getattr(experts, linear), kind)
@@ -98,8 +100,13 @@ def sharded(experts: GroupedExperts, prefix: str, sharded_offsets: tuple, metada
                 parameter,
                 *sharded_offsets,
                 ep,
-                replica_id=(0, experts.tp_group.rank(), experts.dp_group.rank()),
+                replica_id=replica,
                 prepend_axis_num=prepended,
-                allow_shape_mismatch=False,
+            )
+        # empty, but the host asks for it
+        for i in range(experts.num_local_experts):
+            axis = (prepended, ep[1] * experts.num_local_experts + i, ep[2] * experts.num_local_experts)
+            result[f"{prefix}local_experts.{i}.{linear}._extra_state"] = make_sharded_object_for_checkpoint(
+                None, f"{prefix}experts.{linear}._extra_state", (*sharded_offsets, axis), replica_id=replica
             )
     return result
