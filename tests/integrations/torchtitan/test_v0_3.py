@@ -171,12 +171,17 @@ def test_the_router_returns_what_the_host_s_does():
 
 
 def test_beside_the_host_s_bfloat16():
-    """Unpatched: ours in bfloat16 is as near to float32 as the host's is."""
-    theirs, ours = pair()
-    x = torch.randn(2, 64, DIM)
-    exact = ours(x)
-    assert relative(theirs(x), exact) < 0.03
-    assert relative(ours.bfloat16()(x.bfloat16()).float(), exact) < 0.03
+    """Unpatched: of the same routing, ours in bfloat16 is no further from float32 than the host's is."""
+    theirs, ours = (model.layers["1"].moe.routed_experts for model in pair())
+    x, scores = torch.randn(2, 64, DIM).bfloat16(), torch.rand(2, 64, TOP_K) + 0.1
+    ids = torch.rand(2, 64, EXPERTS).topk(TOP_K).indices
+    counts = torch.bincount(ids.flatten(), minlength=EXPERTS)
+    ours.bfloat16(), theirs.bfloat16()
+    actual, host = (experts(x, scores, ids, counts) for experts in (ours, theirs))
+    exact = ours.float()(x.float(), scores, ids, counts)
+    errors = [(y.float() - exact).square().mean().sqrt() / exact.square().mean().sqrt() for y in (actual, host)]
+    assert actual.dtype == host.dtype == torch.bfloat16
+    assert 0 < errors[0] <= 1.1 * errors[1] < 0.01
 
 
 def test_fifty_steps_with_the_hook(float32):
