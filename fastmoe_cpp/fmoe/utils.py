@@ -23,8 +23,10 @@ def get_rank_0_in_comm(comm: dist.ProcessGroup) -> int:
 
 
 def group_of(comm: dist.ProcessGroup | None, world_size: int, name: str) -> dist.ProcessGroup:
-    """comm, or all processes where it is None; ValueError unless it has world_size processes."""
+    """comm, or all processes where it is None; ValueError unless it has world_size processes, this one among them."""
     group = get_torch_default_comm() if comm is None else comm
+    if not isinstance(group, dist.ProcessGroup):
+        raise ValueError(f"{name} must be a ProcessGroup that this process is in, got {group!r}")
     if group.size() != world_size:
         which = "all processes" if comm is None else name
         raise ValueError(f"world_size must be the number of processes in {which}, {group.size()}, got {world_size}")

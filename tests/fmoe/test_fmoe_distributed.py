@@ -170,6 +170,14 @@ def train_a_step(rank):
     model(batch(rank)).square().mean().backward()
     model.allreduce_gradients()
     grads = {n: p.grad for n, p in net.named_parameters()}
+    # the way to the gradient of the mean loss for the experts too
+    net.zero_grad()
+    (model(batch(rank)).square().mean() / W).backward()
+    model.allreduce_gradients(no_scale=True)
+    for name, parameter in net.named_parameters():
+        expected = grads[name] / (W if ".experts." in name else 1)
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-9, atol=1e-13, msg=name)
+        parameter.grad = grads[name]
     torch.optim.SGD(net.parameters(), 0.1).step()
     end = merged_state_dict(net)
     fresh = Net(W).double()

@@ -299,8 +299,9 @@ def sliced(rank, world_size):
     """Both processes hold the same tokens, an odd number, and slice them; with one expert group or none."""
     torch.manual_seed(0)
     layer = FMoETransformerMLP(
-        E // world_size, D, H, world_size=world_size, slice_group=dist.group.WORLD, moe_group=None
-    ).double()
+        E // world_size, D, H, world_size=world_size, slice_group=dist.group.WORLD,
+        mask=mask(0, 9), mask_dict={1: values(99, D)},
+    ).double()  # fmt: skip
     with torch.no_grad():
         for seed, parameter in enumerate(layer.experts.parameters()):
             whole = values(50 + seed, E, *parameter.shape[1:])
@@ -338,7 +339,7 @@ def the_functions(rank):
                 "x": x.grad}  # fmt: skip
     results["refused"] = []
     alone = [dist.new_group([r]) for r in range(W)]
-    for world_size, group in ((3, None), (2, alone[rank])):
+    for world_size, group in ((3, None), (2, alone[rank]), (2, alone[1 - rank])):
         try:
             FMoE(2, D, world_size, expert=OfOne, moe_group=group)(x)
         except ValueError as error:
@@ -348,7 +349,7 @@ def the_functions(rank):
 
 def test_slices_and_functions(of_two):
     results = [result["functions"] for result in of_two]
-    layer = FMoETransformerMLP(E, D, H).double()
+    layer = FMoETransformerMLP(E, D, H, mask=mask(0, 9), mask_dict={1: values(99, D)}).double()
     with torch.no_grad():
         for seed, parameter in enumerate(layer.experts.parameters()):
             parameter.copy_(values(50 + seed, *parameter.shape))
@@ -390,7 +391,9 @@ def test_slices_and_functions(of_two):
         choices = x.repeat_interleave(2, 0) * factor.reshape(-1, 1)
         near(result["choices"], choices, "choices")
         near(result["x"], torch.autograd.grad(objective(choices, rank), x)[0], "x")
+        result["refused"][2] = result["refused"][2].split(", got")[0]
         assert result["refused"] == [
             "world_size must be the number of processes in all processes, 2, got 3",
             "world_size must be the number of processes in moe_group, 1, got 2",
+            "moe_group must be a ProcessGroup that this process is in",
         ]
