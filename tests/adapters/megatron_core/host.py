@@ -17,18 +17,56 @@ if os.environ.get("FASTMOE_CPP_HOST") != "megatron-core":
     pytest.importorskip("megatron.core", reason="megatron-core is not installed: make test-hosts HOSTS=megatron-core")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    from megatron.core import parallel_state
+    from megatron.core import dist_checkpointing, parallel_state
+    from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
+    from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+        get_gpt_layer_local_submodules,
+    )
+    from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     from megatron.core.transformer.moe.moe_layer import MoELayer
-    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, get_default_pg_collection
+    from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
+    from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, RandomSTEShared, get_default_pg_collection
+    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+    from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+    from megatron.core.transformer.transformer_block import TransformerBlock
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_adapters import megatron_core
 
-__all__ = ["MoEAuxLossAutoScaler", "MoELayer", "ProcessGroupCollection", "TransformerConfig", "megatron_core"]
+__all__ = [
+    "CudaRNGStatesTracker",
+    "GPTModel",
+    "LocalSpecProvider",
+    "MoEAuxLossAutoScaler",
+    "MoELayer",
+    "ModuleSpec",
+    "ProcessGroupCollection",
+    "RandomSTEShared",
+    "RouterReplay",
+    "RouterReplayAction",
+    "TransformerBlock",
+    "TransformerConfig",
+    "_update_router_expert_bias",
+    "build_module",
+    "dist_checkpointing",
+    "get_default_pg_collection",
+    "get_gpt_decoder_block_spec",
+    "get_gpt_layer_local_spec",
+    "get_gpt_layer_local_submodules",
+    "get_moe_metrics_tracker",
+    "get_moe_module_spec_for_backend",
+    "get_param_id_to_sharded_param_map",
+    "megatron_core",
+    "parallel_state",
+    "reset_model_temporary_tensors",
+]  # the tests import the package from here alone
 
 SEQUENCE, BATCH, HIDDEN, WIDTH, EXPERTS = 6, 3, 16, 24, 8
 
@@ -36,8 +74,8 @@ SEQUENCE, BATCH, HIDDEN, WIDTH, EXPERTS = 6, 3, 16, 24, 8
 @contextlib.contextmanager
 def without_gpu() -> Iterator[None]:
     """Megatron-Core asks CUDA for its device, waits for it and forks its generators; here may be none."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch._dynamo.config, "disable", True)  # the host compiles its activations, for minutes
+    # the host compiles its activations, for minutes
+    with torch._dynamo.config.patch(disable=True), pytest.MonkeyPatch.context() as patch:
         if torch.cuda.is_available():
             yield
             return

@@ -6,10 +6,10 @@ import multiprocessing
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing, parallel_state
 from support.ranks import run_ranks
 
 from . import host
+from .host import dist_checkpointing, parallel_state
 
 CASES = {
     "plain": {},

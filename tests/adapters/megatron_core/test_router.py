@@ -2,12 +2,17 @@
 
 import pytest
 import torch
-from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
-from megatron.core.transformer.moe.moe_logging import get_moe_metrics_tracker
-from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
 from torch.utils.checkpoint import checkpoint
 
 from . import host
+from .host import (
+    RandomSTEShared,
+    RouterReplay,
+    RouterReplayAction,
+    _update_router_expert_bias,
+    get_moe_metrics_tracker,
+    reset_model_temporary_tensors,
+)
 
 SIGMOID = {"moe_router_score_function": "sigmoid"}
 BIAS = {"moe_router_enable_expert_bias": True, **SIGMOID}
@@ -214,8 +219,6 @@ def test_forced_balance():
 
 def test_forced_bias():
     ours, theirs = pair(moe_router_force_biased=-2.0)
-    from megatron.core.transformer.moe.moe_utils import RandomSTEShared
-
     x = host.hidden_states()
     torch.manual_seed(3)
     expected = host.step(theirs, x)

@@ -4,16 +4,17 @@ import functools
 
 import pytest
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import (
+
+from . import host
+from .host import (
+    ModuleSpec,
+    TransformerBlock,
+    build_module,
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_local_submodules,
+    megatron_core,
 )
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from megatron.core.transformer.transformer_block import TransformerBlock
-
-from . import host
-from .host import megatron_core
 
 
 def block(c, spec):

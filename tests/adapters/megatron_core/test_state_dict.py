@@ -4,13 +4,15 @@ import re
 
 import pytest
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.transformer_block import TransformerBlock
 
 from . import host
-from .host import megatron_core
+from .host import (
+    TransformerBlock,
+    dist_checkpointing,
+    get_gpt_layer_local_spec,
+    get_param_id_to_sharded_param_map,
+    megatron_core,
+)
 
 BIASES = {"add_bias_linear": True}
 

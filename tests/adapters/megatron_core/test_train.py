@@ -2,11 +2,9 @@
 
 import pytest
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.models.gpt.gpt_model import GPTModel
 
 from . import host
-from .host import megatron_core
+from .host import GPTModel, get_gpt_layer_local_spec, megatron_core
 
 VOCABULARY, LENGTH, SEQUENCES, STEPS = 32, 12, 4, 200
 CHANGES = {
