@@ -71,8 +71,11 @@ def split_state_dict(
         first = group_of(group or layer.moe_group, layer.world_size, "the group").rank() * layer.num_expert
         index, _, rest = key[len(name) + len("experts.") :].partition(".")
         if not index.isdigit():
-            found[name] = set(range(value.shape[0])) if value.dim() else set()
-            mine[key] = value[first : first + layer.num_expert]
+            # all experts in one tensor, as FastMoE wrote them before its version 1.0.1
+            if _stacked(layer, key[len(name) :]):
+                found[name] = set(range(value.shape[0]))
+                value = value[first : first + layer.num_expert]
+            mine[key] = value
             continue
         found[name].add(int(index))
         if first <= int(index) < first + layer.num_expert:

@@ -86,21 +86,39 @@ class _Expert(nn.Module):
         )
 
 
-class _OneLinear:
+class _Part:
+    """Attributes that are parts of a layer: to set one to something else would not reach the layer, and is refused."""
+
+    def __init__(self, **attributes: Any) -> None:
+        self.__dict__.update(attributes)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(
+            f"{name} is a part of the layer's stacked experts: write into the tensor ({name}.copy_(...)), or set the "
+            "parameter of the layer (layer.experts.htoh4.weight)"
+        )
+
+
+class _OneLinear(_Part):
     """One expert's share of a FMoELinear: weight [1, out, in] and bias [1, out] or None, in its memory."""
 
     def __init__(self, linear: FMoELinear, index: int) -> None:
-        self.weight = _share(linear.weight, index)
-        self.bias = None if linear.bias is None else _share(linear.bias, index)
+        bias = None if linear.bias is None else _share(linear.bias, index)
+        super().__init__(weight=_share(linear.weight, index), bias=bias)
 
 
-class _OneExpert:
+class _OneExpert(_Part):
     """One expert of a FMoETransformerMLP, to look at and to write to: its tensors are parts of the layer's."""
 
+    htoh4: _OneLinear
+    h4toh: _OneLinear
+
     def __init__(self, experts: _Expert, index: int) -> None:
-        self.htoh4 = _OneLinear(experts.htoh4, index)
-        self.h4toh = _OneLinear(experts.h4toh, index)
-        self.activation = experts.activation
+        super().__init__(
+            htoh4=_OneLinear(experts.htoh4, index),
+            h4toh=_OneLinear(experts.h4toh, index),
+            activation=experts.activation,
+        )
 
     def parameters(self) -> Iterator[Tensor]:
         """The four tensors, those that are there; each one's grad is its part of the layer's gradient."""

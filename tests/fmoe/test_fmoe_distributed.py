@@ -183,6 +183,15 @@ def train_a_step(rank):
     fresh = Net(W).double()
     fresh.load_state_dict(split_state_dict(fresh, start))
     again = fresh(batch(rank)).detach()
+    # and of a file from before experts had a name each
+    block = fresh.blocks[0]
+    stacked = {k: v for k, v in start.items() if not k.startswith("blocks.0.experts.")} | {
+        f"blocks.0.experts.{name}": torch.cat([start[f"blocks.0.experts.{e}.{name}"] for e in range(W * LOCAL)])
+        for name in ("htoh4.weight", "htoh4.bias", "h4toh.weight", "h4toh.bias")
+    }
+    nn.init.zeros_(block.experts.htoh4.weight)
+    fresh.load_state_dict(split_state_dict(fresh, stacked))
+    torch.testing.assert_close(fresh(batch(rank)).detach(), again, rtol=0, atol=0)
     for wrong in (3, 5):
         few = {k: v for k, v in start.items() if ".experts.3." not in k or wrong != 3}
         if wrong == 5:

@@ -145,6 +145,8 @@ def test_one_expert_is_a_part_of_the_layer():
     one.htoh4.weight.fill_(7)
     assert (layer.experts.htoh4.weight[1] == 7).all() and one.htoh4.weight.dp_comm == "dp"
     assert torch.equal(layer.experts[-1].h4toh.bias, layer.experts[2].h4toh.bias)
+    with pytest.raises(AttributeError, match="weight is a part of the layer's stacked experts"):
+        one.htoh4.weight = nn.Parameter(torch.zeros(1, H, D))
     with pytest.raises(IndexError, match="experts 0 to 2 here, got 3"):
         layer.experts[3]
 
