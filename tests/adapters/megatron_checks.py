@@ -26,7 +26,7 @@ from torch import Tensor, nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_host import BATCH, EXPERTS, HIDDEN, LAYERS, LENGTH, RECOMPUTE, BalancedGate, Host, open_world
+from megatron_host import BATCH, EXPERTS, HIDDEN, LAYERS, LENGTH, RECOMPUTE, BalancedGate, Host, open_world, prepare
 
 from megatron_adapters.arguments import ArgumentError
 
@@ -495,14 +495,7 @@ def installing_twice_is_refused(host: Host) -> None:
 def main(version: str, source: str, output: str) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if source == "stand-in":
-        import megatron_stand_in
-
-        megatron_stand_in.prepare(version)
-    else:
-        import megatron_cpu
-
-        megatron_cpu.prepare(Path(source))
+    prepare(version, source)
     open_world()
     host = Host(version)
     uninstall = host.adapter.install()

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -206,6 +207,17 @@ class BalancedGate(NaiveGate):
         share = torch.bincount(ids[:, 0], minlength=self.tot_expert).to(probs.dtype) / inp.shape[0]
         self.set_loss(self.tot_expert * (share * probs.mean(dim=0)).sum())
         return ids, scores.to(inp.dtype)
+
+
+def prepare(version: str, source: str) -> None:
+    """Puts the host on sys.path: the stand-in, or a checkout with what it needs to run on the CPU."""
+    if source == "stand-in":
+        os.environ["MEGATRON_STAND_IN"] = version
+        sys.path.insert(0, str(Path(__file__).parent / "megatron_stand_in"))
+    else:
+        import megatron_cpu
+
+        megatron_cpu.prepare(Path(source))
 
 
 def open_world() -> None:

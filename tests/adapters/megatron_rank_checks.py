@@ -26,7 +26,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from megatron_checks import all_close, close
-from megatron_host import BATCH, EXPERTS, HIDDEN, LAYERS, BalancedGate, Host, open_world
+from megatron_host import BATCH, EXPERTS, HIDDEN, LAYERS, BalancedGate, Host, open_world, prepare
 
 RANK_CHECKS: dict[str, Callable[[Host, dict, Path], None]] = {}
 #: Settings of every run. Adam's first step is the sign of a gradient, which rounding may turn, but for a large epsilon.
@@ -244,14 +244,7 @@ def an_overflow_on_one_rank_skips_the_step_on_all(host: Host, whole: dict, folde
 def main(version: str, source: str, folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    if source == "stand-in":
-        import megatron_stand_in
-
-        megatron_stand_in.prepare(version)
-    else:
-        import megatron_cpu
-
-        megatron_cpu.prepare(Path(source))
+    prepare(version, source)
     alone = "WORLD_SIZE" not in os.environ
     open_world()
     host = Host(version)
