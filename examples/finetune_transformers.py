@@ -161,8 +161,6 @@ def open_model(args: argparse.Namespace) -> tuple[nn.Module, Bytes | Tokens]:
         )
         torch.manual_seed(args.seed)
         model, tokenizer = AutoModelForCausalLM.from_config(config), Bytes()
-    if hasattr(model.config, "router_aux_loss_coef"):
-        model.config.output_router_logits = True
     if MAJOR >= 5:
         model.set_experts_implementation("eager")
     model.to(args.device, dtype)
@@ -209,6 +207,12 @@ class Trainer:
         self.name, self.model = name, model.train()
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=learning_rate, weight_decay=0.01)
+        # transformers adds the balance loss, by the family's coefficient, where it is asked for router logits
+        self.asked = {"output_router_logits": True} if hasattr(model.config, "router_aux_loss_coef") else {}
+        # of transformers 4 a single expert without tokens would miss the steps that our stacked ones take
+        self.zeroed = MAJOR < 5
+        for parameter in trained if self.zeroed else []:
+            parameter.grad = torch.zeros_like(parameter)
         self.losses: list[Tensor] = []
         self.seconds = 0.0
 
@@ -216,8 +220,8 @@ class Trainer:
         begin = time.perf_counter()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        output = self.model(input_ids=ids, labels=ids)  # with the balance loss, where the family has one
-        self.optimizer.zero_grad()
+        output = self.model(input_ids=ids, labels=ids, **self.asked)
+        self.optimizer.zero_grad(set_to_none=not self.zeroed)
         output.loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
