@@ -36,7 +36,8 @@ KEPT_OPERATORS = [
     for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS", "BFLOAT16_CONVERSIONS")
 ]
 #: What C++ users include. Every other header is ours to change.
-PUBLIC_HEADERS = ["fastmoe_cpp.h", *(f"ops/{op}.h" for op in ("router", "dispatch", "experts", "combine", "losses"))]
+STAGES = ("router", "dispatch", "experts", "combine", "exchange", "losses")
+PUBLIC_HEADERS = ["fastmoe_cpp.h", *(f"ops/{stage}.h" for stage in STAGES)]
 PUBLIC_HEADERS += sorted(str(p.relative_to(ROOT / "csrc")) for p in ROOT.glob("csrc/nn/*.h"))
 
 

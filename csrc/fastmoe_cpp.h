@@ -4,6 +4,7 @@
 #include "nn/state_dict.h"
 #include "ops/combine.h"
 #include "ops/dispatch.h"
+#include "ops/exchange.h"
 #include "ops/experts.h"
 #include "ops/losses.h"
 #include "ops/router.h"

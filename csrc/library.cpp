@@ -55,6 +55,11 @@ TORCH_LIBRARY(fastmoe_cpp, m) {
       "combine_backward(Tensor grad_output, Tensor rows, Tensor? topk_weights, Tensor slot_index, Tensor token_slot, "
       "Tensor expert_offsets, bool[2] output_mask) -> (Tensor, Tensor)");
 
+  // exchange: rows between the ranks of a group, in rank order; one count a rank
+  m.def(
+      "exchange(Tensor rows, SymInt[] send_counts, SymInt[] recv_counts, str group_name, str operation='exchange', "
+      "str caller='this rank') -> Tensor");
+
   // losses beside the router
   m.def("expert_counts(Tensor topk_ids, int num_experts, Tensor? padding_mask=None) -> Tensor");
   m.def("balance_loss(Tensor scores, Tensor tokens_per_expert, float scale, Tensor? padding_mask=None) -> Tensor");

@@ -4,6 +4,7 @@
 
 #include "ops/combine.h"
 #include "ops/dispatch.h"
+#include "ops/exchange.h"
 #include "ops/experts.h"
 #include "ops/losses.h"
 #include "ops/router.h"
@@ -91,6 +92,15 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "rows [S, in] in expert order, weight [E, out, in] (+ bias [E, out]) -> [S, out].");
   m.def("combine", &combine, "rows"_a, "topk_weights"_a, "slot_index"_a, "token_slot"_a, "expert_offsets"_a,
         "rows [T*K, H] -> [T, H]: the sum over k of topk_weights[t, k] * rows[token_slot[t, k]], in order of k.");
+  m.def(
+      "exchange",
+      [](const at::Tensor& rows, const std::vector<int64_t>& send_counts, const std::vector<int64_t>& recv_counts,
+         const std::string& group_name, const std::string& operation, const std::string& caller) {
+        return exchange(rows, c10::fromIntArrayRefSlow(send_counts), c10::fromIntArrayRefSlow(recv_counts), group_name,
+                        operation, caller);
+      },
+      "rows"_a, "send_counts"_a, "recv_counts"_a, "group_name"_a, "operation"_a = "exchange", "caller"_a = "this rank",
+      "rows [N, H] -> [sum(recv_counts), H]: consecutive rows to the ranks of a group, and theirs from them.");
   m.def("expert_counts", &expert_counts, "topk_ids"_a, "num_experts"_a, "padding_mask"_a = py::none(),
         "topk_ids [S, L, K] -> pairs an expert was asked for in each sequence [S, E] int64.");
   m.def("balance_loss", &balance_loss, "scores"_a, "tokens_per_expert"_a, "scale"_a, "padding_mask"_a = py::none(),

@@ -3,6 +3,8 @@
 The same functions as torch.ops.fastmoe_cpp, for eager code: a call here breaks a compiled graph.
 """
 
+import collections.abc
+
 import torch
 
 def build_info() -> dict: ...
@@ -65,6 +67,14 @@ def combine(
     slot_index: torch.Tensor,
     token_slot: torch.Tensor,
     expert_offsets: torch.Tensor,
+) -> torch.Tensor: ...
+def exchange(
+    rows: torch.Tensor,
+    send_counts: collections.abc.Sequence[int],
+    recv_counts: collections.abc.Sequence[int],
+    group_name: str,
+    operation: str = "exchange",
+    caller: str = "this rank",
 ) -> torch.Tensor: ...
 def expert_counts(
     topk_ids: torch.Tensor, num_experts: int, padding_mask: torch.Tensor | None = None

@@ -14,8 +14,8 @@ require()
 _collectives = torch.ops._c10d_functional
 
 
-class ExchangeError(RuntimeError):
-    """A collective failed or ran out of time; the message names it, the group, this rank and the cause."""
+#: A collective failed or ran out of time; the message names it, the group, this rank and the cause.
+ExchangeError = dist.DistBackendError
 
 
 def resolve(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
@@ -58,24 +58,12 @@ def _counts(name: str, counts: Sequence[int] | Tensor, size: int) -> list[int]:
 
 
 def _exchange(rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, operation: str) -> Tensor:
+    """Of integers, which have no gradient."""
     try:
         received = _collectives.all_to_all_single(rows.contiguous(), recv, send, group.group_name)
         return _collectives.wait_tensor(received)
     except RuntimeError as error:
         raise failed(f"{operation} of {rows.shape[0]} rows", group, error) from error
-
-
-class _AllToAllRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows: Tensor, send: list[int], recv: list[int], group: dist.ProcessGroup, operation: str):
-        ctx.rest = (recv, send, group, operation)
-        return _exchange(rows, send, recv, group, operation)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        recv, send, group, operation = ctx.rest
-        back = operation if operation.endswith(" backward") else f"{operation} backward"
-        return _AllToAllRows.apply(grad, recv, send, group, back), None, None, None, None
 
 
 def all_to_all_rows(
@@ -104,7 +92,12 @@ def all_to_all_rows(
         raise ValueError("rows must have shape [N, ...], got a scalar")
     if sum(send) != rows.shape[0]:
         raise ValueError(f"send_counts must sum to the {rows.shape[0]} rows, got {send} with sum {sum(send)}")
-    return _AllToAllRows.apply(rows, send, recv, group, operation)
+    if not rows.is_floating_point():
+        return _exchange(rows, send, recv, group, operation)
+    tail = rows.shape[1:]
+    flat = rows.reshape(rows.shape[0], tail.numel())
+    received = torch.ops.fastmoe_cpp.exchange(flat, send, recv, group.group_name, operation, describe(group))
+    return received.reshape(sum(recv), *tail)
 
 
 @torch.no_grad()

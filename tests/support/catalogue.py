@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from support import distributions
 from support.samples import dispatch, experts_inputs, normal, ops
@@ -194,6 +195,34 @@ def _(s):
     ]
 
 
+def one_rank(device: str) -> str:
+    """The name of a group of this process alone, registered when it is first asked for."""
+    name = f"one rank on {device}"
+    if name not in _GROUPS:
+        store = dist.HashStore()
+        group = dist.ProcessGroup(store, 0, 1)
+        kind = dist.ProcessGroup.BackendType
+        if device == "cpu":
+            backend, chosen = dist.ProcessGroupGloo(store, 0, 1), kind.GLOO
+        else:
+            backend, chosen = dist.ProcessGroupNCCL(store, 0, 1), kind.NCCL
+        group._set_default_backend(chosen)
+        group._register_backend(torch.device(device), chosen, backend)
+        group._set_group_name(name)
+        torch._C._distributed_c10d._register_process_group(name, group)
+        _GROUPS[name] = group
+    return name
+
+
+_GROUPS: dict[str, Any] = {}
+
+
+@of("exchange")
+def _(s):
+    group = one_rank(s.device)
+    return [Call((s.new(s.tokens, s.hidden), [s.tokens], [s.tokens], group))]
+
+
 @of("expert_counts")
 def _(s):
     padding = torch.arange(s.tokens, device=s.device)[None] == 1
@@ -249,4 +278,6 @@ def tensors(result: Any) -> list[torch.Tensor]:
     return [result] if torch.is_tensor(result) else list(result)
 
 
-DIFFERENTIABLE = ("router_logits", "route", "gather", "experts", "grouped_linear", "combine", "balance_loss", "z_loss")
+DIFFERENTIABLE = (
+    "router_logits", "route", "gather", "experts", "grouped_linear", "combine", "exchange", "balance_loss", "z_loss",
+)  # fmt: skip
