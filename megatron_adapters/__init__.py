@@ -53,7 +53,7 @@ def get_adapter(version: str | None = None) -> ModuleType:
         raise TypeError(f"version must be a string such as '3.0.2', got {type(version).__name__}")
     name = version.strip().lower().replace("_", "-")
     name = _SPELLINGS.get(name, name)
-    if name[:1] == "v":
+    if name[:1] == "v" and name[1:2].isdigit():
         name = name[1:]
     if name not in ADAPTERS:
         raise UnsupportedVersionError(f"version {version!r} has no adapter: the known ones are {_known()}")

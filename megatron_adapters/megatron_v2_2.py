@@ -7,6 +7,7 @@ fp16 and float32 are there.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -125,8 +126,8 @@ def patch_forward_step(
 def install() -> Callable[[], None]:
     """Puts the adapter into the running host, whose sources stay as they are; a function that takes it out again.
 
-    Replaced are the local DistributedDataParallel, gradient clipping, save_checkpoint and load_checkpoint; optimizers are
-    prepared for experts when they are built. Call it once, where the
-    host's modules can be imported, before the training begins.
+    ``pretrain`` adds the adapter's arguments and patches the model provider and forward_step it is given. The local
+    DistributedDataParallel, gradient clipping, save_checkpoint and load_checkpoint are the adapter's, and optimizers
+    are prepared for experts when they are built. Call it once, before the script imports ``pretrain``.
     """
-    return _install.install(DistributedDataParallel, VERSION)
+    return _install.install(sys.modules[__name__])

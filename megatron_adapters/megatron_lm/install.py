@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -36,7 +37,29 @@ class _Patches:
             setattr(owner, name, value)
 
 
-def install(data_parallel: type, version: str) -> Callable[[], None]:
+def wrap_pretrain(pretrain: Callable[..., Any], adapter: ModuleType) -> Callable[..., Any]:
+    """The host's pretrain with the adapter's arguments, and the model provider and forward_step it is given patched."""
+    signature = inspect.signature(pretrain)
+
+    @wraps(pretrain)
+    def with_experts(*inputs: Any, **named: Any) -> Any:
+        bound = signature.bind(*inputs, **named)
+        bound.apply_defaults()
+        given = bound.arguments
+        others = given["extra_args_provider"]
+
+        def extra_args_provider(parser: Any) -> Any:
+            return adapter.add_arguments(parser if others is None else others(parser))
+
+        given["extra_args_provider"] = extra_args_provider
+        given["model_provider"] = adapter.patch_model_provider(given["model_provider"])
+        given["forward_step_func"] = adapter.patch_forward_step(given["forward_step_func"])
+        return pretrain(*bound.args, **bound.kwargs)
+
+    return with_experts
+
+
+def install(adapter: ModuleType) -> Callable[[], None]:
     """See the adapters' ``install``."""
     training = host.module("training")  # imports what is patched below
     clip_grads = host.module("optimizer.clip_grads")
@@ -44,7 +67,7 @@ def install(data_parallel: type, version: str) -> Callable[[], None]:
     if getattr(checkpointing.save_checkpoint, "host_function", None) is not None:
         raise RuntimeError("install() must be called once, the adapter is installed already")
     patches = _Patches()
-    patches.everywhere(host.module("model").DistributedDataParallel, data_parallel)
+    patches.everywhere(host.module("model").DistributedDataParallel, adapter.DistributedDataParallel)
     patches.everywhere(clip_grads.clip_grad_norm_fp32, gradients.clip_grad_norm)
     for name in ("save_checkpoint", "load_checkpoint"):
         theirs, ours = getattr(checkpointing, name), getattr(checkpoint, name)
@@ -54,6 +77,7 @@ def install(data_parallel: type, version: str) -> Callable[[], None]:
 
         replacement.host_function = theirs  # type: ignore[attr-defined]
         patches.everywhere(theirs, replacement)
+    patches.everywhere(training.pretrain, wrap_pretrain(training.pretrain, adapter))
     build = training.get_megatron_optimizer
 
     @wraps(build)
@@ -61,7 +85,7 @@ def install(data_parallel: type, version: str) -> Callable[[], None]:
         return gradients.prepare_optimizer(build(*inputs, **named))
 
     patches.everywhere(build, get_megatron_optimizer)
-    if version != "2.2":
+    if adapter.VERSION != "2.2":
         schedules = host.module("schedules")
         if not schedule.takes_three(schedules):
             patches.everywhere(schedules.forward_step, schedule.of_two(schedules.forward_step))

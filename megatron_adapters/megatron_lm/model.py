@@ -90,6 +90,9 @@ def patch_model_provider(
 ) -> Callable[..., Any]:
     """See the adapters' ``patch_model_provider``; arguments are passed on as they come."""
 
+    if hasattr(model_provider, "fmoefied"):  # by the script itself, or by install()
+        return model_provider
+
     @wraps(model_provider)
     def fmoefied_model_provider(*inputs: Any, **named: Any) -> Any:
         args = host.get_args()
@@ -108,11 +111,14 @@ def patch_model_provider(
             gate=gate,
         )
 
+    fmoefied_model_provider.fmoefied = True  # type: ignore[attr-defined]
     return fmoefied_model_provider
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """FastMoE's arguments, added to the host's parser: ``--num-experts`` too where the host has none of its own."""
+    if any("--fmoefy" in action.option_strings for action in parser._actions):  # they are there
+        return parser
     group = parser.add_argument_group(title="fastmoe_cpp")
     group.add_argument("--fmoefy", action="store_true", help="replace the MLPs by MoE layers")
     group.add_argument("--fmoe-num-experts", type=int, default=None, help="experts of one worker")

@@ -109,6 +109,9 @@ def _with_balance_loss(output: Any, layers: Sequence[MegatronMLP]) -> tuple[Tens
 def patch_v2_2(forward_step_func: Callable[..., Any], version: str) -> Callable[..., Any]:
     """forward_step(data_iterator, model, input_tensor): the loss and its log on the last stage, a tensor on others."""
 
+    if hasattr(forward_step_func, "has_balance_loss"):  # by the script itself, or by install()
+        return forward_step_func
+
     @wraps(forward_step_func)
     def forward_step(data_iterator: Any, model: Any, input_tensor: Any = None) -> Any:
         layers = moe_layers(model, version)
@@ -117,11 +120,15 @@ def patch_v2_2(forward_step_func: Callable[..., Any], version: str) -> Callable[
         # the last stage alone returns a loss and its log
         return _with_balance_loss(output, layers) if isinstance(output, tuple | list) else output
 
+    forward_step.has_balance_loss = True  # type: ignore[attr-defined]
     return forward_step
 
 
 def patch_v2_5(forward_step_func: Callable[..., Any], version: str) -> Callable[..., Any]:
     """forward_step(data_iterator, model): always (output, loss_func, balance loss)."""
+
+    if hasattr(forward_step_func, "has_balance_loss"):  # by the script itself, or by install()
+        return forward_step_func
 
     @wraps(forward_step_func)
     def forward_step(data_iterator: Any, model: Any) -> tuple[Any, Callable[..., Any], Tensor]:
@@ -141,6 +148,7 @@ def patch_v2_5(forward_step_func: Callable[..., Any], version: str) -> Callable[
         balance = total_balance_loss(layers, like).requires_grad_()
         return output, loss_with_balance, balance
 
+    forward_step.has_balance_loss = True  # type: ignore[attr-defined]
     return forward_step
 
 

@@ -6,7 +6,9 @@ As a program: ``megatron_checks.py VERSION (CHECKOUT | stand-in) OUTPUT`` runs t
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -484,6 +486,39 @@ def a_checkpoint_continues_the_training(host: Host) -> None:
             found = [host.train_step([host.data(i)])[0]["lm loss"].item() for i in range(2)]
             assert found == expected
             assert all(torch.equal(p, weights[n]) for n, p in host.inner().named_parameters())
+
+
+@check
+def pretrain_is_given_patched_functions(host: Host) -> None:
+    """By position and by name, as the scripts of each version call it; patching twice changes nothing."""
+    from megatron_adapters.megatron_lm.install import wrap_pretrain
+
+    seen = {}
+
+    def pretrain(*inputs, **named):
+        seen.update(inspect.signature(theirs).bind(*inputs, **named).arguments)
+
+    theirs = inspect.unwrap(host.module("training").pretrain)
+    pretrain.__signature__ = inspect.signature(theirs)
+    provider, step = host.provider(), host.forward_step()
+    kind = ["model type"] if host.version == "3.0.2" else []
+
+    def own_arguments(parser):
+        parser.add_argument("--own")
+        return parser
+
+    run = wrap_pretrain(pretrain, host.adapter)
+    run("datasets", provider, *kind, step, args_defaults={"a": 1})
+    assert inspect.unwrap(seen["model_provider"]) is provider and seen["model_provider"] is not provider
+    assert inspect.unwrap(seen["forward_step_func"]) is step and seen["forward_step_func"] is not step
+    assert seen["args_defaults"] == {"a": 1} and [seen["model_type"]] == kind if kind else True
+    patched = seen["model_provider"], seen["forward_step_func"]
+    run("datasets", patched[0], *kind, patched[1], extra_args_provider=own_arguments)
+    assert (seen["model_provider"], seen["forward_step_func"]) == patched
+    parser = seen["extra_args_provider"](host.adapter.add_arguments(argparse.ArgumentParser()))
+    assert vars(parser.parse_args(["--own", "x", "--fmoefy", "--fmoe-num-experts", "3"])).items() >= {
+        ("own", "x"), ("fmoefy", True), ("fmoe_num_experts", 3),
+    }  # fmt: skip
 
 
 @check

@@ -1,8 +1,10 @@
 """Building and training, with each version's signatures; v2.2's schedules are here."""
 
+import torch
 import torch.distributed as dist
 
-from . import VERSION, get_args, get_num_microbatches, get_timers, mpu
+from . import VERSION, get_args, get_num_microbatches, get_timers, global_vars, mpu
+from .arguments import parse_args
 from .checkpointing import load_checkpoint, save_checkpoint  # noqa: F401
 from .model import DistributedDataParallel as LocalDDP
 from .model import Float16Module
@@ -101,3 +103,34 @@ def train_step(forward_step_func, data_iterator, model, optimizer, lr_scheduler)
     for key in losses_reduced[0] if losses_reduced else ():
         reduced[key] = sum(losses[key] for losses in losses_reduced) / len(losses_reduced)
     return (reduced, 0 if updated else 1, *rest)
+
+
+def _pretrain(model_provider, model_type, forward_step_func, extra_args_provider):
+    state, (seed, samples) = global_vars, (1, 4)
+    state._GLOBAL_ARGS = args = parse_args(extra_args_provider)
+    state._build_num_microbatches_calculator(args)
+    mpu.initialize_model_parallel(args.tensor_model_parallel_size, args.pipeline_model_parallel_size)
+    torch.manual_seed(seed)
+    args.padded_vocab_size = 32
+    tokens = torch.randint(32, (samples, args.seq_length + 1))
+    model = setup_model_and_optimizer(model_provider, *([] if model_type is None else [model_type]))
+    for iteration in range(args.train_iters):
+        losses = train_step(forward_step_func, iter([tokens] * get_num_microbatches()), *model)[0]
+        print(f"iteration {iteration}", {name: round(float(loss), 4) for name, loss in losses.items()})
+
+
+if VERSION == "3.0.2":
+
+    def pretrain(
+        train_valid_test_dataset_provider, model_provider, model_type, forward_step_func,
+        process_non_loss_data_func=None, extra_args_provider=None, args_defaults={},  # noqa: B006
+    ):  # fmt: skip
+        _pretrain(model_provider, model_type, forward_step_func, extra_args_provider)
+
+else:
+
+    def pretrain(
+        train_valid_test_dataset_provider, model_provider, forward_step_func, extra_args_provider=None,
+        args_defaults={},  # noqa: B006
+    ):  # fmt: skip
+        _pretrain(model_provider, None, forward_step_func, extra_args_provider)
