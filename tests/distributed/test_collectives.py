@@ -1,0 +1,129 @@
+"""What goes over the wire: a token once to a rank, the same collectives on every rank, and an end when one dies."""
+
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from modules.cases import config
+from support.distributions import ids as ids_of
+from support.ranks import RankFailed, run_ranks
+from torch.utils.checkpoint import checkpoint
+
+from distributed.layers import batch, ep_mesh, full, near, pair
+from fastmoe_cpp.parallel import average_gradients
+from fastmoe_cpp.recompute import routing_saved
+
+RANKS = 4
+
+
+class Recorded:
+    """A path that writes down every call before it makes it."""
+
+    def __init__(self, path):
+        self.path, self.name, self.calls = path, path.name, []
+
+    def counts(self, counts, operation):
+        self.calls.append((operation, tuple(counts.shape[1:]), None))
+        return self.path.counts(counts, operation)
+
+    def rows(self, rows, send_counts, recv_counts, operation):
+        self.calls.append((operation, tuple(rows.shape[1:]), send_counts))
+        return self.path.rows(rows, send_counts, recv_counts, operation)
+
+
+def record(rank):
+    """By routing: the operations and trailing sizes in order, and whether each token went once to each of its ranks."""
+    mesh = ep_mesh(RANKS)
+    c = config({"expert_bias": True, "z_loss_coefficient": 0.1})
+    found = {}
+    for routing in ("uniform", "all_to_one", "last_empty", "duplicates", "dropped"):
+        for sequences in ([3, 3, 3, 3], [0, 5, 0, 1]):
+            _, spread = pair(c, mesh)
+            spread.experts.parallel.path = path = Recorded(spread.experts.parallel.path)
+            x = batch(sequences, c.hidden_size)[rank].requires_grad_()
+            ids = ids_of(routing, x.shape[0] * 2, c.num_experts, c.top_k, seed=rank)[0]
+            spread.forward_with_routing(x, topk_ids=ids).hidden_states.sum().backward()
+            ranks = torch.where(ids < 0, -1, ids // (c.num_experts // RANKS))
+            expected = [int((ranks == r).any(dim=1).sum()) for r in range(RANKS)]
+            sent = [send for operation, _, send in path.calls if operation.startswith("expert-parallel dispatch")]
+            assert sent == [expected, expected], (routing, sequences)
+            found[routing, tuple(sequences)] = [(operation, shape) for operation, shape, _ in path.calls]
+    return found
+
+
+def test_a_token_goes_once_to_a_rank_and_the_collectives_do_not_depend_on_data():
+    found = run_ranks(record, RANKS)
+    sequences = {tuple(calls) for each in found for calls in each.values()}
+    h, k = 16, 3
+    assert sequences == {
+        (
+            ("expert-parallel counts", (2,)),
+            ("expert-parallel dispatch of weights", (2 * k,)),
+            ("expert-parallel dispatch", (h,)),
+            ("expert-parallel combine", (h,)),
+        )
+    }
+
+
+def dies_in_the_exchange(rank):
+    """Rank 1 is killed between the dispatch and the combine of its second pass."""
+    _, spread = pair(config(), ep_mesh(RANKS))
+    x = batch([3] * RANKS, 16)[rank]
+    spread(x).sum().backward()
+    if rank == 1:
+        path = spread.experts.parallel.path
+
+        class Dies(Recorded):
+            def rows(self, rows, send_counts, recv_counts, operation):
+                if operation == "expert-parallel combine":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return super().rows(rows, send_counts, recv_counts, operation)
+
+        spread.experts.parallel.path = Dies(path)
+    spread(x).sum().backward()
+
+
+def test_a_rank_killed_in_mid_exchange_ends_the_others():
+    start = time.monotonic()
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(dies_in_the_exchange, RANKS, timeout=90)
+    assert time.monotonic() - start < 80
+    text = str(caught.value)
+    assert "rank 1 died with exit code -9" in text
+    for rank in (0, 2, 3):
+        assert "expert-parallel combine of " in text
+        assert re.search(rf"failed on rank {rank} of {RANKS} in group '.*ep' \(global rank {rank}\): ", text), text[
+            -3000:
+        ]
+
+
+def recomputed(rank):
+    """Activation checkpointing runs the exchange again in backward, on every rank alike."""
+    mesh = ep_mesh(2)
+    results = []
+    for how in ("plain", "recomputed", "routing kept", "autocast"):
+        whole, spread = pair(config(shared_intermediate_size=6), mesh, dtype=torch.float32)
+        x = batch([3, 0], 16, dtype=torch.float32)[rank].requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+            if how in ("plain", "autocast"):
+                y = spread(x)
+            elif how == "recomputed":
+                y = checkpoint(spread, x, use_reentrant=False)
+            else:
+                y = checkpoint(spread, x, use_reentrant=False, context_fn=routing_saved)
+        y.square().sum().backward()
+        average_gradients(spread, mesh)
+        results.append([y, x.grad, *(full(p.grad) for p in spread.parameters())])
+        if how == "autocast":
+            with torch.autocast("cpu", torch.bfloat16):
+                near(y, whole(x), how, rtol=1e-2)
+    for kind in results[1:3]:
+        for a, b in zip(kind, results[0], strict=True):
+            assert torch.equal(a, b)
+
+
+def test_activation_checkpointing_and_autocast():
+    run_ranks(recomputed, 2)
