@@ -106,6 +106,12 @@ def inspect(
             problems.setdefault(number if number in present else None, []).append(problem)
         layers = tuple(_layer(opened, layer, problems.get(layer.number, []), values) for layer in opened.layers)
         entries = opened.layout.entries(opened.moe)
+        alike = [layer.number for layer in layers if layer.router and _degenerate(layer.router)]
+        if alike:
+            opened.notes.append(
+                f"in layers {', '.join(map(str, alike))} a router's row is 0 or two rows point the same way: "
+                "those experts can't be told apart"
+            )
         return Inspection(
             path=opened.path,
             model_type=opened.hf_config.get("model_type") if opened.hf_config else None,
@@ -122,6 +128,10 @@ def inspect(
         )
     finally:
         opened.close()
+
+
+def _degenerate(router: RouterStatistics) -> bool:
+    return router.norm_min == 0 or router.closest > 0.9999
 
 
 def _layer(opened: Checkpoint, layer: LayerBlock, problems: list[CheckpointError], values: bool) -> LayerReport:

@@ -320,6 +320,9 @@ def test_inspect_says_what_is_there(tmp_path, capsys):
     assert [len(layer["problems"]) for layer in found["layers"]] == [1, 0]
     assert found["layers"][1]["router"]["closest"] == pytest.approx(1, abs=1e-3)
     assert found["layers"][0]["router"]["closest"] < 0.99
+    assert found["notes"] == [
+        "in layers 1 a router's row is 0 or two rows point the same way: those experts can't be told apart"
+    ]
     assert found["parameters"] == sum(t.numel() for t in tensors.values())
 
 
