@@ -1,4 +1,4 @@
-"""Runs a script of Megatron-LM unchanged, with MoE layers: ``python -m megatron_adapters pretrain_gpt.py --fmoefy ...``.
+"""Runs a script of Megatron-LM with MoE layers: ``python -m megatron_adapters pretrain_gpt.py --fmoefy ...``.
 
 The adapter is that of the Megatron-LM found in the current folder, the script's or on the path; ``--host 2.5`` before
 the script names another.

@@ -12,6 +12,8 @@ import inspect
 import io
 import json
 import os
+import re
+import shlex
 import sys
 import tempfile
 import traceback
@@ -28,7 +30,19 @@ from torch import Tensor, nn
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_host import BATCH, EXPERTS, HIDDEN, LAYERS, LENGTH, RECOMPUTE, BalancedGate, Host, open_world, prepare
+from megatron_host import (
+    BATCH,
+    EXPERTS,
+    HIDDEN,
+    LAYERS,
+    LENGTH,
+    RECOMPUTE,
+    VOCABULARY,
+    BalancedGate,
+    Host,
+    open_world,
+    prepare,
+)
 
 from megatron_adapters.arguments import ArgumentError
 
@@ -389,23 +403,18 @@ def the_loss_scale_scales_the_balance_loss_too(host: Host) -> None:
     for kind in ("--fp16",) if host.version == "2.2" else ("--fp16", "--bf16"):
         found = {}
         for scale in (1, 64):
-            host.start(kind, "--loss-scale", str(scale), "--balance-loss-weight", "4", *_buffers(host, kind))
+            host.start(kind, "--loss-scale", str(scale), "--balance-loss-weight", "4")
             host.build(gate=BalancedGate)
             found[scale] = {n: t / scale for n, t in host.gradients_of([host.data()])[0].items() if ".gate." in n}
             assert all(t.abs().sum() > 0 for t in found[scale].values())
         all_close(found[64], found[1], 2e-2 if kind == "--fp16" else 1e-6)
 
 
-def _buffers(host: Host, kind: str) -> list[str]:
-    """v2.5 has bf16's float32 gradients in buffers that must be asked for."""
-    return ["--use-contiguous-buffers-in-ddp"] if host.version == "2.5" and kind == "--bf16" else []
-
-
 @check
 def half_precision_trains(host: Host) -> None:
     for kind in ("--fp16",) if host.version == "2.2" else ("--fp16", "--bf16"):
         dtype = torch.float16 if kind == "--fp16" else torch.bfloat16
-        host.start(kind, "--initial-loss-scale", "256", "--balance-strategy", "gshard", *_buffers(host, kind))
+        host.start(kind, "--initial-loss-scale", "256", "--balance-strategy", "gshard")
         host.build()
         assert {p.dtype for p in host.inner().parameters()} == {dtype}
         losses = [host.train_step([host.data()])[0]["lm loss"].item() for _ in range(5)]
@@ -519,6 +528,64 @@ def pretrain_is_given_patched_functions(host: Host) -> None:
     assert vars(parser.parse_args(["--own", "x", "--fmoefy", "--fmoe-num-experts", "3"])).items() >= {
         ("own", "x"), ("fmoefy", True), ("fmoe_num_experts", 3),
     }  # fmt: skip
+
+
+@check
+def the_example_fits_the_parser(host: Host) -> None:
+    """The command line in examples/megatron, without the options that the stand-in leaves out."""
+    script = Path(__file__).parents[2] / "examples" / "megatron" / f"pretrain_gpt_v{host.version}.sh"
+    text = script.read_text().replace("\\\n", " ")
+    line = next(line for line in text.splitlines() if line.startswith("torchrun"))
+    values = {"$DATA": "data", "$VOCAB": "vocabulary", "$MERGES": "merges", "${SAVE:-checkpoints}": "folder"}
+    line = re.sub(r'"\$\(\(.*?\)\)"', "32", line)
+    words = [values.get(word, word) for word in shlex.split(line)]
+    assert words[words.index("--host") + 1] == host.version
+    sys.argv = words[words.index("pretrain_gpt.py") :]
+    if host.version == "2.2":  # the parser would compile the host's CUDA kernels
+        sys.argv.append("--no-scaled-masked-softmax-fusion")
+    parse = host.module("arguments").parse_args
+    args = parse(host.adapter.add_arguments, **({} if host.real else {"ignore_unknown_args": True}))
+    config = host.adapter.moe_config(args)
+    assert (config.num_experts, config.top_k, config.hidden_size, config.intermediate_size) == (4, 2, 768, 1536)
+    assert args.fmoefy and args.params_dtype == (torch.float16 if host.version == "2.2" else torch.bfloat16)
+
+
+@check
+def the_hosts_own_pretrain_runs_from_start_to_end(host: Host) -> None:
+    """Data, training, log, checkpoint, evaluation. The stand-in's is run by test_megatron_command.py."""
+    if not host.real:
+        return
+    training, state = host.module("training"), host.module("global_vars")
+    with tempfile.TemporaryDirectory() as folder:
+        tokens = [{"text": row} for row in host.data(samples=64)]
+
+        def initialize(extra_args_provider=None, args_defaults=None):
+            host.start(micro_batches=2)
+            save = [*sys.argv, "--balance-strategy", "gshard", "--save", folder, "--save-interval", "4"]
+            sys.argv = [*save, "--log-interval", "1", "--eval-interval", "3", "--eval-iters", "1", "--num-workers", "0"]
+            args = host.module("arguments").parse_args(extra_args_provider)
+            args.padded_vocab_size, args.train_iters = VOCABULARY, 4
+            state._GLOBAL_ARGS = args
+
+        step = host.forward_step()
+
+        def forward_step(data_iterator, *inputs):
+            return step((batch["text"] for batch in data_iterator), *inputs)
+
+        theirs = training.initialize_megatron
+        training.initialize_megatron = initialize
+        training.set_jit_fusion_options = lambda: None  # v3.0.2 tries its fused functions on the GPU there
+        printed = io.StringIO()
+        try:
+            kind = [host.module("model").ModelType.encoder_or_decoder] if host.version == "3.0.2" else []
+            with contextlib.redirect_stdout(printed):
+                training.pretrain(lambda sizes: (tokens, tokens, tokens), host.provider(), *kind, forward_step)
+        finally:
+            training.initialize_megatron = theirs
+        logged = re.findall(r"lm loss: (\S+) \|.*gshard_loss: (\S+)", printed.getvalue())
+        assert len(logged) >= 4, printed.getvalue()
+        assert (Path(folder) / "iter_0000004" / "mp_rank_00" / "model_optim_rng.pt").is_file()
+        assert "validation loss" in printed.getvalue()
 
 
 @check

@@ -47,6 +47,8 @@ class Host:
     def __init__(self, version: str) -> None:
         self.version = version
         self.adapter = get_adapter(version)
+        #: Whether it is a checkout.
+        self.real = "MEGATRON_STAND_IN" not in os.environ
         self.model: Any = None
         self.optimizer: Any = None
         self.scheduler: Any = None

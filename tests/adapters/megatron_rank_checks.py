@@ -173,8 +173,7 @@ def pipeline_stages_train_on_their_own_balance_loss(host: Host, whole: dict, fol
 def every_rank_saves_and_loads_its_experts(host: Host, whole: dict, folder: Path) -> None:
     rank = torch.distributed.get_rank()
     for kind in ([], ["--fp16"] if host.version == "2.2" else ["--bf16"]):
-        buffers = ["--use-contiguous-buffers-in-ddp"] if kind and host.version == "2.5" else []
-        start = lambda: host.start("--balance-strategy", "gshard", "--loss-scale", "4", *kind, *buffers, experts=2)  # noqa: E731, B023
+        start = lambda: host.start("--balance-strategy", "gshard", "--loss-scale", "4", *kind, experts=2)  # noqa: E731, B023
         args = start()
         args.save = str(folder / f"checkpoint{len(kind)}")
         host.build()

@@ -19,7 +19,7 @@ _IGNORED = (
 )  # fmt: skip
 
 
-def parse_args(extra_args_provider=None):
+def parse_args(extra_args_provider=None, ignore_unknown_args=False):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for name in _INTEGERS:
         parser.add_argument("--" + name, type=int)
@@ -41,7 +41,7 @@ def parse_args(extra_args_provider=None):
     _OF_VERSION[VERSION](parser)
     if extra_args_provider is not None:
         parser = extra_args_provider(parser)
-    return _finish(parser.parse_args())
+    return _finish(parser.parse_known_args()[0] if ignore_unknown_args else parser.parse_args())
 
 
 def _v2_2(parser):
@@ -87,6 +87,8 @@ def _finish(args):
         if args.bf16:
             args.params_dtype = torch.bfloat16
             args.accumulate_allreduce_grads_in_fp32 = True
+        if VERSION == "2.5" and args.accumulate_allreduce_grads_in_fp32:
+            args.use_contiguous_buffers_in_ddp = True
     if VERSION == "3.0.2":
         args.transformer_pipeline_model_parallel_size = args.pipeline_model_parallel_size
     return args
