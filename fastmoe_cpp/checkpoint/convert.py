@@ -161,8 +161,7 @@ class Plan:
     def _prefix(self, given: str | None) -> str:
         template = self.source.prefix_template
         if given is None:
-            remembered = self.source.own.get("prefixes", {})
-            given = remembered.get(self.target.name) if isinstance(remembered, dict) else None
+            given = self.source.own.get("prefixes", {}).get(self.target.name)
         if given is None and self.source.layout.block == self.target.block == "":
             given = template
         given = self.target.prefix if given is None else given

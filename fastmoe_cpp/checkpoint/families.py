@@ -38,6 +38,10 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 _EXPERTS = {"deepseek": "n_routed_experts", "deepseek_v3": "n_routed_experts", "mixtral": "num_local_experts",
             "gpt_oss": "num_local_experts"}  # fmt: skip
+_INTEGERS = (
+    "hidden_size", "intermediate_size", "moe_intermediate_size", "num_experts", "num_local_experts", "n_routed_experts",
+    "num_experts_per_tok", "n_shared_experts", "shared_expert_intermediate_size", "n_group", "topk_group",
+)  # fmt: skip
 FAMILIES = tuple(_DEFAULTS)
 LAYERS_LIMIT = 10_000
 
@@ -45,9 +49,9 @@ LAYERS_LIMIT = 10_000
 def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration with its family's defaults, and the number of experts under the family's own name."""
     family = config.get("model_type")
-    if family not in _DEFAULTS:
+    if not isinstance(family, str) or family not in _DEFAULTS:
         raise ConfigError(
-            f"config.json: model_type must be one of {', '.join(FAMILIES)}, got {family!r}",
+            f"config.json: model_type must be one of {', '.join(FAMILIES)}, got {family!r:.60}",
             expected=FAMILIES,
             found=family,
         )
@@ -57,7 +61,12 @@ def fields_of(config: Mapping[str, Any]) -> dict[str, Any]:
         if other in fields and own not in fields:
             fields[own] = fields[other]
     defaults = _COMMON | _DEFAULTS[family]
-    return defaults | {name: value for name, value in fields.items() if value is not None or name not in defaults}
+    fields = defaults | {name: value for name, value in fields.items() if value is not None or name not in defaults}
+    for name in _INTEGERS:
+        value = fields.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 31):
+            raise ConfigError(f"config.json: {name} must be an integer of at least 0, got {value!r:.60}", found=value)
+    return fields
 
 
 def moe_of(config: Mapping[str, Any]) -> MoEConfig:

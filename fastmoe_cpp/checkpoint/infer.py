@@ -27,6 +27,8 @@ def infer(layout: Layout, shapes: Shapes, given: Mapping[str, Any], where: str) 
             )  # fmt: skip
     if given["activation"] not in ACTIVATIONS:
         raise ConfigError(f"{where}: activation must be one of {', '.join(ACTIVATIONS)}, got {given['activation']!r}")
+    if not isinstance(given.get("router", {}), Mapping):
+        raise ConfigError(f"{where}: router must be an object of RouterConfig's fields, got {given['router']!r:.60}")
     found = [sizes for sizes in _candidates(layout, shapes, given["activation"] in GATED_ACTIVATIONS)]
     if not found:
         raise ConfigError(f"{where}: the tensors of a layer fit no configuration of the layout {layout.name}")

@@ -46,9 +46,8 @@ def load_moe(
                 f"{opened.path}: the layer and the checkpoint must have one configuration: {'; '.join(differ)}"
             )
         block = opened.layer(layer_index)
-        for number, problem in opened.problems():
-            if number == layer_index:
-                raise problem
+        for problem in opened.layer_problems(block):
+            raise problem
         state = layer.state_dict(keep_vars=True)
         read: dict[str, torch.Tensor] = {}
         for entry in layout_of("fastmoe_cpp").entries(layer.config):

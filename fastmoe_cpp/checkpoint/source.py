@@ -88,9 +88,7 @@ class Checkpoint:
         self._sorted = sorted(self.infos)
         self.notes: list[str] = []
         self.config = self._read_config(config)
-        self.own: dict[str, Any] = self.config.get(OWN_KEY) or {}
-        if not isinstance(self.own, dict):
-            raise ConfigError(f"{self.path}: {OWN_KEY} in config.json must be an object")
+        self.own = self._read_own()
         #: transformers' configuration, of this checkpoint or of the one it was converted from.
         self.hf_config: dict[str, Any] | None = self.config if "model_type" in self.config else self.own.get("config")
         self._refuse_quantised()
@@ -110,6 +108,25 @@ class Checkpoint:
         folder = self.path if self.path.is_dir() else self.path.parent
         file = folder / "config.json"
         return read_json(inside(folder, file), "configuration") if file.is_file() else {}
+
+    def _read_own(self) -> dict[str, Any]:
+        """What convert() wrote into config.json, its types checked."""
+        own = self.config.get(OWN_KEY)
+        own = {} if own is None else own
+        kinds = {"layout": str, "moe": dict, "config": dict, "prefixes": dict}
+        if not isinstance(own, dict):
+            raise ConfigError(f"{self.path}: {OWN_KEY} in config.json must be an object, got {type(own).__name__}")
+        for name, kind in kinds.items():
+            value = own.get(name)
+            if value is not None and not isinstance(value, kind):
+                raise ConfigError(
+                    f"{self.path}: {OWN_KEY}.{name} in config.json must be of type {kind.__name__}, got "
+                    f"{type(value).__name__}"
+                )
+        own = {name: value for name, value in own.items() if value is not None}
+        if not isinstance(own.get("moe", {}).get("router", {}), dict):
+            raise ConfigError(f"{self.path}: {OWN_KEY}.moe.router in config.json must be an object")
+        return own
 
     # --- layout and layers --------------------------------------------------------------------------------------------
 
@@ -160,7 +177,7 @@ class Checkpoint:
             if name != layout.anchor and not name.endswith("." + layout.anchor):
                 continue
             prefix = name[: len(name) - len(layout.anchor)]
-            numbers = re.findall(r"(?:^|\.)(\d+)(?=\.)", prefix)
+            numbers = re.findall(r"(?:^|\.)([0-9]{1,9})(?=\.)", prefix)
             under = frozenset(n[len(prefix) :] for n in self.names_under(prefix + layout.block))
             layers.append(LayerBlock(int(numbers[-1]) if numbers else 0, prefix, under))
         layers.sort(key=lambda layer: (layer.number, layer.prefix))
@@ -237,7 +254,7 @@ class Checkpoint:
         if self.hf_config is not None and self.layout.family == self.hf_config.get("model_type"):
             yield from self._missing_layers(self.hf_config)
         for layer in self.layers:
-            for problem in self._layer_problems(layer):
+            for problem in self.layer_problems(layer):
                 yield layer.number, problem
 
     def _missing_layers(self, config: Mapping[str, Any]) -> Iterator[tuple[int | None, CheckpointError]]:
@@ -262,7 +279,8 @@ class Checkpoint:
                     ),
                 )
 
-    def _layer_problems(self, layer: LayerBlock) -> Iterator[CheckpointError]:
+    def layer_problems(self, layer: LayerBlock) -> Iterator[CheckpointError]:
+        """Everything wrong with the names, shapes and dtypes of one layer."""
         entries = self.layout.entries(self.moe)
         known: set[str] = set()
         for entry in entries:
@@ -375,7 +393,7 @@ class Checkpoint:
 
 def _expert_pattern(entry: Entry) -> re.Pattern[str]:
     before, after = entry.name.split("{e}")
-    return re.compile(re.escape(before) + r"(\d{1,9})" + re.escape(after))
+    return re.compile(re.escape(before) + r"([0-9]{1,9})" + re.escape(after))
 
 
 def _some(numbers: list[int]) -> str:

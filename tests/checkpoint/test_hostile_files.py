@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
+import shutil
 import struct
+import warnings
 from pathlib import Path
 
 import pytest
@@ -276,9 +279,10 @@ def test_quantised_experts(tmp_path):
     ("change", "words"),
     [
         ({"num_experts_per_tok": 9}, "top_k must be at most num_experts = 8, got 9"),
-        ({"num_experts_per_tok": "two"}, "top_k must be an integer"),
+        ({"num_experts_per_tok": "two"}, "num_experts_per_tok must be an integer"),
         ({"num_experts": 0}, "num_experts must be an integer"),
         ({"hidden_size": -6}, "hidden_size must be an integer"),
+        ({"hidden_size": "6" * 10**6}, "hidden_size must be an integer of at least 0, got .{,80}$"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers must be an integer"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers must be an integer"),
         ({"hidden_act": "swoosh"}, "hidden_act must be one of"),
@@ -307,6 +311,69 @@ def test_no_configuration(tmp_path):
     (source / "config.json").unlink()
     with pytest.raises(ConfigError, match="config.json is missing.*qwen2_moe, .*give the configuration"):
         inspect(source)
+
+
+anything = json_values | st.integers(-3, 10**20) | st.sampled_from([*make.CONFIGS, "layout", "fastmoe_cpp"])
+
+
+def only_typed_errors(source: Path) -> None:
+    """Whatever lies there is inspected, or refused by a CheckpointError."""
+    with contextlib.suppress(CheckpointError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inspect(source, values=True)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in make.CONFIGS if "model_type" in make.CONFIGS[kind]])
+@settings(max_examples=60)
+@given(st.data())
+def test_any_configuration_is_read_or_a_typed_error(tmp_path_factory, kind, data):
+    source = tmp_path_factory.getbasetemp() / f"any-{kind}"
+    if not source.exists():
+        make.checkpoint(source, kind)
+    config = dict(make.CONFIGS[kind])
+    for name in data.draw(st.lists(st.sampled_from([*config, "quantization_config", "num_nextn_predict_layers",
+                                                    "mlp_only_layers", "moe_layer_freq", "swiglu_limit",
+                                                    "router_jitter_noise", "fastmoe_cpp"]), max_size=3)):  # fmt: skip
+        config[name] = data.draw(anything)
+    (source / "config.json").write_text(json.dumps(config))
+    only_typed_errors(source)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_any_configuration_of_our_own_is_read_or_a_typed_error(tmp_path_factory, data):
+    root = tmp_path_factory.getbasetemp()
+    source = root / "any-own"
+    if not source.exists():
+        convert(make.checkpoint(root / "any-own-source", "deepseek_v3"), source, "fastmoe_cpp")
+        (source / "whole.json").write_text((source / "config.json").read_text())
+    config = json.loads((source / "whole.json").read_text())
+    own = config["fastmoe_cpp"]
+    for level in data.draw(st.lists(st.sampled_from([config, own, own["moe"], own["moe"]["router"]]), max_size=2)):
+        level[data.draw(st.sampled_from(sorted(level)))] = data.draw(anything)
+    (source / "config.json").write_text(json.dumps(config))
+    only_typed_errors(source)
+    target = root / "any-own-target"
+    with contextlib.suppress(CheckpointError), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        convert(source, target, "megatron_grouped")
+        shutil.rmtree(target)
+
+
+@settings(max_examples=100)
+@given(st.data())
+def test_any_names_are_read_or_a_typed_error(tmp_path_factory, data):
+    source = tmp_path_factory.getbasetemp() / "any-names"
+    tensors = make.layer_tensors("qwen3_moe", "qwen3_moe", make.parts("qwen3_moe", 0), 0)
+    for name in data.draw(st.lists(st.sampled_from(sorted(tensors)), max_size=3, unique=True)):
+        pieces = name.split(".")
+        pieces[data.draw(st.integers(0, len(pieces) - 1))] = data.draw(
+            st.sampled_from(["9" * 5000, "-1", "", "7", "\u0663", "{layer}", "{e}", "..", "mlp", "*"])
+            | st.text(max_size=5)
+        )
+        tensors[".".join(pieces)] = tensors.pop(name)
+    make.write(source, tensors, make.CONFIGS["qwen3_moe"])
+    only_typed_errors(source)
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
