@@ -20,9 +20,9 @@ from typing import TypeVar
 import transformers
 from torch import nn
 
-MAJOR = int(transformers.__version__.split(".")[0])
-if MAJOR not in (4, 5):
-    raise ImportError(f"fastmoe_cpp serves transformers 4 and 5, found {transformers.__version__}")
+MAJOR, _MINOR = (int(number) for number in transformers.__version__.split(".")[:2])
+if (MAJOR, _MINOR) < (4, 57) or (5, 0) <= (MAJOR, _MINOR) < (5, 7) or MAJOR > 5:
+    raise ImportError(f"fastmoe_cpp serves transformers 4.57 and, from 5.7, 5; found {transformers.__version__}")
 
 Model = TypeVar("Model", bound=nn.Module)
 

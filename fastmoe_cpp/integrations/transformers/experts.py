@@ -7,6 +7,7 @@ that operator; otherwise the two projections are, and the module's own function 
 
 from __future__ import annotations
 
+import inspect
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,11 @@ from .activation import GATED, elementwise
 
 NAME = "fastmoe_cpp"
 
-#: What @use_experts_implementation leaves on a module.
+#: What @use_experts_implementation leaves on every module.
 LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
+# The decorator's arguments that we know. A release that adds one gives experts a part that we would leave out.
+_KNOWN = {*LAYOUT, "experts_class", "experts_interface", "has_post_expert_norm"}
+_UNKNOWN = tuple(sorted(set(inspect.signature(registry.use_experts_implementation).parameters) - _KNOWN))
 
 
 class FusedActivation(NamedTuple):
@@ -48,8 +52,14 @@ def _clamped_gate(kind: type) -> tuple[str, str, bool] | None:
     return _CLAMPED_GATES.get((gate.__module__, gate.__qualname__))
 
 
+def _has_norm(experts: nn.Module) -> bool:
+    return getattr(experts, "has_post_expert_norm", False)  # since 5.23
+
+
 def fused_activation(experts: nn.Module) -> FusedActivation | None:
-    """The activation of ops.experts that a decorated module's is, or None where it is one of the module's own."""
+    """The activation of ops.experts that a decorated module's is, or None where the module's own code must run."""
+    if _has_norm(experts):
+        return None
     if not experts.has_gate:
         name = elementwise(experts.act_fn)
         return None if name is None else FusedActivation(name)
@@ -71,6 +81,11 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     An index of num_experts or above, which expert parallelism writes for experts of other ranks, adds nothing and gets
     no gradient. Without waiting for the device.
     """
+    for flag in _UNKNOWN:
+        if getattr(self, flag, False):
+            raise NotImplementedError(
+                f"fastmoe_cpp does not know what {type(self).__name__}.{flag} asks of its experts"
+            )
     dtype = hidden_states.dtype
     # Read once: a parametrized weight (LoRA) is computed by reading it.
     up, down = (self.gate_up_proj if self.has_gate else self.up_proj), self.down_proj
@@ -104,6 +119,8 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
     rows = ops.grouped_linear(ops.gather(hidden_states, plan), up, plan.expert_offsets, up_bias)
     inner = self._apply_gate(rows) if self.has_gate else self.act_fn(rows)
     rows = ops.grouped_linear(inner.to(rows.dtype), down, plan.expert_offsets, down_bias)
+    if _has_norm(self):
+        rows = self.post_expert_norm(rows).to(rows.dtype)
     return ops.combine(rows, weights, plan).to(dtype)
 
 

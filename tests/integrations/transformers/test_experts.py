@@ -2,6 +2,9 @@
 """Ours for the experts of every class that uses transformers' registry, beside that class's own eager code."""
 
 import copy
+import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +14,7 @@ from ..conftest import require
 
 require("transformers", "5")
 
+import transformers
 from support.tolerance import close
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, use_experts_implementation
@@ -20,8 +24,7 @@ from fastmoe_cpp.integrations.transformers import experts, register
 from . import decorated
 
 T, K = 23, 3
-# computes in float32 whatever it is given
-FLOAT32_ALONE = {"OpenAIPrivacyFilterExperts"}
+FLOAT32_ALONE = {"OpenAIPrivacyFilterExperts"}  # all of it
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,8 +62,13 @@ def agree(ours, theirs, bound):
 def test_the_walk_finds_the_library():
     """All of them: a class that is new in a release is walked too, and none is found twice under one name."""
     found = decorated.classes()
-    assert len(found) >= 54
-    for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "DeepseekV3", "GptOss", "NemotronH", "MiniMaxM3VL"):
+    models = Path(transformers.__file__).parent / "models"
+    written = sum(
+        len(re.findall(r"^@use_experts_implementation", path.read_text(), re.MULTILINE))
+        for path in models.glob("*/modeling_*.py")
+    )
+    assert len(found) == written >= 35
+    for family in ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss", "NemotronH"):
         assert f"{family}Experts" in found
 
 
@@ -74,26 +82,23 @@ def test_every_class(name, act):
     x, grad = torch.randn(T, 24, dtype=torch.float64), torch.randn(T, 24, dtype=torch.float64)
     theirs = run(module, "eager", x, ids, weights, grad)
     ours = run(module, "fastmoe_cpp", x, ids, weights, grad)
-    agree(ours, theirs, 3e-6 if name in FLOAT32_ALONE else 1e-13)
+    agree(ours, theirs, 3e-6 if decorated.in_float32(name) else 1e-13)
 
 
-# the gates that no fused activation is, and the ungated class
-FUSED = {name: "swiglu" for name in decorated.classes()} | {
-    "GptOssExperts": "clamped_swiglu",
-    "OpenAIPrivacyFilterExperts": "clamped_swiglu",
-    "MiniMaxM3VLExperts": "clamped_swiglu",
-    "NemotronHExperts": "silu",
-    "DeepseekV4Experts": None,
-    "Glm5NextTextExperts": None,
-    "HYV4Experts": None,
-}
+CLAMPED = ("GptOssExperts", "OpenAIPrivacyFilterExperts", "MiniMaxM3VLExperts")
 
 
 @pytest.mark.parametrize("name", decorated.classes())
 def test_the_fused_operator_serves(name):
     """A class that falls out of the fused path is slower, so that is a decision and not an accident."""
-    found = experts.fused_activation(decorated.make(name, "silu"))
-    assert (None if found is None else found.name) == FUSED[name]
+    module = decorated.make(name, "silu")
+    expected = "swiglu" if module.has_gate else "silu"
+    if name in CLAMPED:
+        expected = "clamped_swiglu"
+    elif "_apply_gate" in inspect.getsource(type(module)) or getattr(module, "has_post_expert_norm", False):
+        expected = None
+    found = experts.fused_activation(module)
+    assert (None if found is None else found.name) == expected
 
 
 @pytest.mark.parametrize("act", ["silu", "swish", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2", "gelu_10"])
@@ -110,7 +115,18 @@ def test_activations(name, act):
     )  # fmt: skip
 
 
-LAYOUTS = ["MixtralExperts", "NemotronHExperts", "GptOssExperts", "OpenAIPrivacyFilterExperts", "DeepseekV4Experts"]
+LAYOUTS = [
+    name
+    for name in (
+        "MixtralExperts",
+        "NemotronHExperts",
+        "GptOssExperts",
+        "OpenAIPrivacyFilterExperts",
+        "DeepseekV4Experts",
+        "MuseSparkExperts",
+    )
+    if name in decorated.classes()
+]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -188,7 +204,7 @@ def test_autocast(name):
         close(ours[key], expected.double(), eager[key], factor=factor, what=key, of=torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["MixtralExperts", "GptOssExperts", "DeepseekV4Experts"])
+@pytest.mark.parametrize("name", LAYOUTS)
 def test_compiles_in_one_graph(name):
     module = decorated.make(name, "silu", torch.float32)
     module.config._experts_implementation = "fastmoe_cpp"
@@ -271,3 +287,16 @@ def test_registering_twice_is_registering():
     register()
     register()
     assert ALL_EXPERTS_FUNCTIONS["fastmoe_cpp"] is experts.experts_forward
+
+
+def test_a_part_we_do_not_know_is_refused_by_name(monkeypatch):
+    """A release whose decorator has a new argument: experts that ask for it are not computed without it."""
+    module = decorated.make("MixtralExperts", "silu")
+    module.config._experts_implementation = "fastmoe_cpp"
+    monkeypatch.setattr(experts, "_UNKNOWN", ("has_third_projection",))
+    ids, weights = routing()
+    x = torch.randn(T, 24, dtype=torch.float64)
+    module(x, ids, weights)
+    module.has_third_projection = True
+    with pytest.raises(NotImplementedError, match=r"does not know what MixtralExperts.has_third_projection asks"):
+        module(x, ids, weights)
