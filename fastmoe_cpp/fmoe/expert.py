@@ -21,6 +21,10 @@ _FUNCTIONS: dict[Any, str] = {
 
 def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
     """'gelu', 'gelu_tanh', 'relu' or 'silu' where activation is torch's module or function of it, else None."""
+    if type(activation) is nn.Sequential:
+        # such as a ReLU and a Dropout, which in evaluation is the ReLU alone
+        acting = [m for m in activation if not _does_nothing(m)]
+        return activation_name(acting[0]) if len(acting) == 1 else None
     if isinstance(activation, partial):
         if activation.args or set(activation.keywords) - {"approximate"} or activation.func is not F.gelu:
             return None
@@ -36,9 +40,14 @@ def activation_name(activation: Callable[[Tensor], Tensor]) -> str | None:
         return None
 
 
+def _does_nothing(module: nn.Module) -> bool:
+    return type(module) is nn.Identity or (type(module) is nn.Dropout and (module.p == 0 or not module.training))
+
+
 def _hooked(module: Any) -> bool:
-    return isinstance(module, nn.Module) and bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    """Whether any module in it has a forward or backward hook."""
+    return isinstance(module, nn.Module) and any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks for m in module.modules()
     )
 
 
@@ -64,10 +73,9 @@ class _Expert(nn.Module):
 
     def fused_activation(self) -> str | None:
         """The activation's name where fused() computes what forward() would, None where nothing says that it does."""
-        plain = type(self).forward is _Expert.forward and not _hooked(self)
-        for linear in (self.htoh4, self.h4toh):
-            plain = plain and type(linear) is FMoELinear and not _hooked(linear)
-        if not plain or _hooked(self.activation) or self.htoh4.weight.dtype != self.h4toh.weight.dtype:
+        linears = (self.htoh4, self.h4toh)
+        plain = type(self).forward is _Expert.forward and all(type(linear) is FMoELinear for linear in linears)
+        if not plain or _hooked(self) or self.htoh4.weight.dtype != self.h4toh.weight.dtype:
             return None
         return activation_name(self.activation)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastmoe_cpp.fmoe
-from fastmoe_cpp.fmoe import balance, functions, utils
+from fastmoe_cpp.fmoe import balance, functions, native, utils
 from fastmoe_cpp.fmoe.gates.utils import limit_by_capacity, prune_by_count
 
 E = 5
@@ -66,6 +66,24 @@ def test_pruning_keeps_the_first():
     assert limited.tolist() == [[0, 1], [-1, -1], [-1, -1], [-1, 2]]
 
 
+def test_the_native_module_by_its_names():
+    ids = torch.tensor([[0, 1], [0, 0], [-1, 0], [1, 2]])
+    counts = torch.zeros(E, dtype=torch.int32)
+    assert native.expert_count(ids, counts) is None and counts.tolist() == [4, 2, 1, 0, 0]
+    pos = torch.empty(7, dtype=torch.int64)
+    native.assign_pos(counts.cumsum(0).int(), ids, pos)
+    assert pos.tolist() == [0, 2, 3, 5, 1, 6, 7]
+    assert torch.equal(native.expert_exchange(counts, E, 1), counts)
+    pruned = native.prune_gate_by_capacity(ids, torch.tensor([2, 1, 0, 3, 3], dtype=torch.int32), E, 1)
+    assert pruned.tolist() == [[0, 1], [0, -1], [-1, -1], [-1, -1]]
+    # two processes ask, of three experts
+    asked = torch.tensor([3, 1, 4, 2, 5, 0])
+    granted = native.limit_by_capacity(asked, torch.tensor([4, 0, 4], dtype=torch.int32), 3, 2)
+    assert granted.tolist() == [3, 0, 4, 1, 0, 0]
+    with pytest.raises(AttributeError, match="no fmoe_cuda.global_scatter"):
+        native.global_scatter(ids)
+
+
 def test_without_processes_the_group_is_refused():
     with pytest.raises(RuntimeError, match="torch.distributed must be initialised"):
         functions.ensure_comm(torch.zeros(1), None)
@@ -111,6 +129,7 @@ from fmoe.layers import FMoE as Same, _fmoe_general_global_forward, mark_module_
 from fmoe.linear import FMoELinear
 from fmoe.transformer import FMoETransformerMLP, _Expert
 from fmoe.utils import get_rank_0_in_comm, get_torch_default_comm
+from fmoe_cuda import assign_pos, expert_count, expert_exchange, limit_by_capacity, prune_gate_by_capacity
 assert fmoe is fastmoe_cpp.fmoe and Same is FMoE is fastmoe_cpp.fmoe.layers.FMoE and GShardGate is module.GShardGate
 try:
     from fmoe.megatron import fmoefy
@@ -121,7 +140,7 @@ else:
 fastmoe_cpp.fmoe.uninstall()
 fastmoe_cpp.fmoe.uninstall()
 import sys
-assert not [name for name in sys.modules if name.split(".")[0] == "fmoe"]
+assert not [name for name in sys.modules if name.split(".")[0] in ("fmoe", "fmoe_cuda")]
 """
 
 

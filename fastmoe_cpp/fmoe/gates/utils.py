@@ -22,6 +22,13 @@ def prune_by_count(topk_idx: Tensor, allowed: Tensor) -> Tensor:
     return torch.where(keep.view(topk_idx.shape), topk_idx, -1)
 
 
+def grant(asked: Tensor, capacity: Tensor | int, world_size: int) -> Tensor:
+    """Of asked [W * n], what each process in turn wants of n experts, as much as capacity leaves: [W * n]."""
+    asked = asked.view(world_size, -1)
+    before = asked.cumsum(0) - asked
+    return torch.minimum(asked, (capacity - before).clamp(min=0)).reshape(-1)
+
+
 @torch.no_grad()
 def limit_by_capacity(
     topk_idx: Tensor, num_expert: int, world_size: int, capacity: int
@@ -32,9 +39,7 @@ def limit_by_capacity(
     process may send, new_gec [W * num_expert], what this one receives from each, both int64, and the choices.
     """
     _, _, asked = count_by_gate(topk_idx, num_expert, world_size, require_pos=False)
-    asked = asked.view(world_size, num_expert)
-    before = asked.cumsum(0) - asked
-    granted = torch.minimum(asked, (capacity - before).clamp(min=0)).reshape(-1)
+    granted = grant(asked, capacity, world_size)
     mine = exchange_counts(granted, world_size)
     return mine, granted, prune_by_count(topk_idx, mine)
 
