@@ -108,6 +108,7 @@ def test_host_arguments_say_what_weights_do_not(converted):
     assert titan == {
         "num_experts": 8, "num_shared_experts": 2, "score_func": "sigmoid", "route_norm": True, "route_scale": 2.5,
         "gate_bias": False, "score_before_experts": False, "top_k": 4, "num_expert_groups": 4, "num_limited_groups": 2,
+        "load_balance_coeff": 1e-3,
     }  # fmt: skip
     megatron = Checkpoint(converted("qwen2_moe", "megatron_grouped")).own["host"]
     assert megatron["moe_router_pre_softmax"] is True and megatron["moe_shared_expert_gate"] is True

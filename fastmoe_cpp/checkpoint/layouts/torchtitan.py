@@ -63,6 +63,7 @@ class TorchTitan(Layout):
             "top_k": config.top_k,
             "num_expert_groups": router.num_groups if router.num_groups > 1 else None,
             "num_limited_groups": router.topk_groups if router.num_groups > 1 else None,
+            "load_balance_coeff": router.expert_bias_update_rate if router.expert_bias else None,
         }
 
 
