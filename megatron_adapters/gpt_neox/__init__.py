@@ -17,7 +17,7 @@ from __future__ import annotations
 from .arguments import ERA_MOE_LOSS, ERA_NOW, ERAS, TABLES, check, expert_width, moe_config
 from .block import parallel_residual
 from .dropless import ParallelDroplessMoE
-from .install import detect_era, install
+from .install import detect_era, install, watched
 from .with_loss import MoEWithLoss
 
 __all__ = [
@@ -33,4 +33,5 @@ __all__ = [
     "install",
     "moe_config",
     "parallel_residual",
+    "watched",
 ]

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import sys
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -82,8 +83,12 @@ def _restore(name: str, module: types.ModuleType | None) -> None:
 def _training() -> types.ModuleType | None:
     try:
         return importlib.import_module("megatron.training")
-    except ImportError:
-        # a model without the host's training loop
+    except ImportError as error:
+        warnings.warn(
+            f"{HOST}: megatron.training can't be imported ({error}), so moe_losses are trained on with a scale of 1 "
+            "whatever the loss is multiplied by: wrap your forward step in megatron_adapters.gpt_neox.watched",
+            stacklevel=3,
+        )
         return None
 
 

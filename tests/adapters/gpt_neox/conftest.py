@@ -1,0 +1,35 @@
+"""The host of a test: small layers of our own, or the checkout named for a process of its own (test_real.py)."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from . import real, small
+
+ERAS = ("now", "moe_loss")
+#: Set by test_real.py for the process it starts: an era and a checkout.
+REAL_ERA, REAL_CHECKOUT = os.environ.get("_FASTMOE_CPP_NEOX_ERA"), os.environ.get("_FASTMOE_CPP_NEOX_CHECKOUT")
+
+
+def pytest_generate_tests(metafunc):
+    if "era" in metafunc.fixturenames:
+        metafunc.parametrize("era", [REAL_ERA] if REAL_ERA else ERAS, scope="module")
+
+
+@pytest.fixture(scope="module")
+def host(era):
+    """arguments() and layer() of a host in which our adapter is installed."""
+    from megatron_adapters import gpt_neox
+
+    if REAL_ERA:
+        real.prepare(Path(REAL_CHECKOUT))
+        assert gpt_neox.detect_era() == era
+        gpt_neox.install()
+        yield real
+        return
+    with small.host(era):
+        assert gpt_neox.detect_era() == era
+        undo = gpt_neox.install()
+        yield small
+        undo()
