@@ -46,7 +46,10 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         """Weights from a normal distribution of standard deviation initializer_range, biases 0."""
         for weight in (self.gate_up_proj, self.down_proj):
-            weight.normal_(0.0, self.config.initializer_range)
+            if self.parallel is None:
+                weight.normal_(0.0, self.config.initializer_range)
+            else:
+                self.parallel.draw(weight, self.config.initializer_range)
         for bias in (self.gate_up_bias, self.down_bias):
             if bias is not None:
                 bias.zero_()

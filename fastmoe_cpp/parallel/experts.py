@@ -62,6 +62,18 @@ class ParallelExperts:
     def __repr__(self) -> str:
         return f"expert_parallel=rank {self.rank} of {self.size} by {self.path.name}"
 
+    def draw(self, weight: Tensor, std: float) -> None:
+        """Draws a weight from a normal distribution, other numbers for every rank's part of it."""
+        if not isinstance(weight, DTensor) or weight.device.type != "cpu":
+            weight.normal_(0.0, std)
+            return
+        # DTensor keeps no random state on the CPU: ranks of one seed would draw the same experts
+        seed = int(torch.randint(2**62, ()))
+        for dim, placement in enumerate(weight.placements):
+            if not placement.is_replicate():
+                seed = (seed * 1_000_003 + weight.device_mesh.get_local_rank(dim) + 1) % 2**62
+        weight.to_local().normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
+
     def __call__(
         self, experts: one_rank.Experts, hidden_states: Tensor, topk_weights: Tensor, plan: DispatchPlan
     ) -> Tensor:

@@ -10,6 +10,8 @@ from support.distributions import ids as ids_of
 from support.ranks import run_ranks
 from support.tolerance import BACKWARD, close
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from distributed.layers import batch, ep_mesh, full, near, pair
@@ -73,6 +75,10 @@ def check_training(rank, ranks):
     parallelize_module(spread, mesh, {"layers.*.moe": ExpertParallel()})
     assert f"expert_parallel=rank {rank} of {ranks} by all_to_all_single" in repr(spread)
     got = train(spread, inputs.chunk(ranks, 1)[rank], targets.chunk(ranks, 1)[rank], mesh)
+    if rank:
+        for q in spread.parameters():
+            full(q)
+        return
     expected = train(whole, inputs, targets)
     for what, one, many in zip(("losses", "norms"), expected, got, strict=True):
         near(torch.tensor(many), torch.tensor(one), what, rtol=1e-9)
@@ -148,15 +154,50 @@ def refused(rank, ranks, kind):
     return "accepted"
 
 
-def check_refusals(rank, ranks):
+def check_all_settings(rank, ranks):
+    check_settings(rank, ranks)
     return {
         kind: refused(rank, ranks, kind)
         for kind in ("hidden_size", "num_experts", "top_k", "dtype", "divides", "module", "fine")
     }
 
 
+def check_settings(rank, ranks):
+    """What the style's arguments do, and what a layer that has it refuses."""
+    mesh = ep_mesh(ranks)
+    c = config({"balance_loss_coefficient": 0.1})
+    x = batch([2, 3], c.hidden_size)[rank]
+    grads = []
+    for gradient in ("mean", "sum"):
+        _, spread = pair(c, mesh, gradient=gradient)
+        spread(x).square().sum().backward()
+        grads.append({n: full(p.grad) for n, p in spread.named_parameters()})
+    for name, mean in grads[0].items():
+        near(grads[1][name], mean * ranks if "experts" in name else mean, name)
+
+    torch.manual_seed(5)
+    spread.reset_parameters()
+    drawn = full(spread.experts.gate_up_proj).detach()
+    first, second = drawn.chunk(2)
+    assert 0.9 * c.initializer_range < drawn.std() < 1.1 * c.initializer_range
+    assert abs(float((first * second).mean())) < 0.2 * c.initializer_range**2, "ranks drew the same experts"
+    routers = [torch.empty_like(spread.router.weight) for _ in range(ranks)]
+    dist.all_gather(routers, spread.router.weight.detach())
+    assert torch.equal(*routers)
+
+    with pytest.raises(ValueError, match="ExpertParallel must be applied to a layer once"):
+        parallelize_module(spread, mesh, ExpertParallel())
+    two = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
+    with pytest.raises(ValueError, match="ExpertParallel needs a mesh of one dimension"):
+        ExpertParallel()._apply(MoE(c), two)
+    sharded = MoE(c)
+    fully_shard(sharded, mesh=mesh)
+    with pytest.raises(ValueError, match="ExpertParallel must be applied before fully_shard"):
+        parallelize_module(sharded, mesh, ExpertParallel())
+
+
 def test_ranks_that_differ_are_refused_on_every_rank():
-    answers = run_ranks(check_refusals, 2, 2)
+    answers = run_ranks(check_all_settings, 2, 2)
     same = "must be the same on every rank, got"
     expected = {
         "hidden_size": f"ExpertParallel: hidden_size {same} 16 on rank 0 and 24 on rank 1",
