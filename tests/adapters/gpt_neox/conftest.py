@@ -13,7 +13,7 @@ REAL_ERA, REAL_CHECKOUT = os.environ.get("_FASTMOE_CPP_NEOX_ERA"), os.environ.ge
 
 
 def pytest_generate_tests(metafunc):
-    if "era" in metafunc.fixturenames:
+    if "host" in metafunc.fixturenames:
         metafunc.parametrize("era", [REAL_ERA] if REAL_ERA else ERAS, scope="module")
 
 

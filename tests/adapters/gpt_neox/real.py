@@ -1,4 +1,4 @@
-"""GPT-NeoX from a checkout, on the CPU: stubs of the packages it imports, none of its own code. For a process of its own."""
+"""GPT-NeoX from a checkout, on the CPU: stubs of packages it imports, none of its own code. For a process of its own."""
 
 from __future__ import annotations
 
@@ -48,8 +48,11 @@ _ANY = _Anything("any")
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the packages that the host imports and that its layers and arguments do without."""
 
-    packages = ("pkg_resources", "deepspeed", "apex", "requests", "wandb", "tokenizers", "tiktoken", "einops", "ftfy", "lm_dataformat",
-                "sentencepiece", "best_download", "yaml", "hjson", "mpi4py", "tensorboard", "lm_eval", "regex", "nltk")  # fmt: skip
+    packages = (
+        "pkg_resources", "deepspeed", "apex", "requests", "wandb", "tokenizers", "tiktoken", "einops", "ftfy",
+        "lm_dataformat", "sentencepiece", "best_download", "yaml", "hjson", "mpi4py", "tensorboard", "lm_eval", "regex",
+        "nltk",
+    )  # fmt: skip
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
         package = name.partition(".")[0]
@@ -93,7 +96,8 @@ def arguments(**changes: Any) -> types.SimpleNamespace:
         "hidden_size": 16, "num_attention_heads": 2, "num_layers": 2, "seq_length": 6, "max_position_embeddings": 6,
         "attention_config": ["global", "global"], "model_parallel_size": 1, "params_dtype": torch.float32,
         "precision": "fp32", "hidden_dropout": 0.0, "attention_dropout": 0.0, "use_cpu_initialization": True,
-        "bias_gelu_fusion": False, "norm": "layernorm", "pos_emb": "none", "rank": 0, "scaled_upper_triang_masked_softmax_fusion": False,
+        "bias_gelu_fusion": False, "norm": "layernorm", "pos_emb": "none", "rank": 0,
+        "scaled_upper_triang_masked_softmax_fusion": False,
         "init_method_std": 0.3, "use_mup": False, "mup_width_scale": 1,
     }  # fmt: skip
     return types.SimpleNamespace(**fields | changes)
