@@ -115,6 +115,8 @@ class FMoE(nn.Module):
             raise ValueError("mask and mask_dict must be given together, got one of them")
         self.mask = mask
         self.mask_dict = mask_dict
+        self._expert_dp_comm: str | None = None
+        self.register_load_state_dict_post_hook(_tag_new_parameters)
 
     def _make_gate(self, gate: Callable[..., nn.Module], gate_bias: bool) -> nn.Module:
         if isinstance(gate, nn.Module) or not callable(gate):
@@ -130,6 +132,7 @@ class FMoE(nn.Module):
 
     def mark_parallel_comm(self, expert_dp_comm: str = "none") -> None:
         """Tags for DistributedGroupedDataParallel: the experts' parameters expert_dp_comm, the gate's 'gate'."""
+        self._expert_dp_comm = expert_dp_comm
         if getattr(self, "experts", None) is not None:
             mark_module_parallel_comm(self.experts, expert_dp_comm)
         mark_module_parallel_comm(self.gate, "gate")
@@ -235,6 +238,16 @@ class FMoE(nn.Module):
             weights = scores[rows].to(output.dtype).reshape(*block.shape[:2], *[1] * (block.dim() - 2))
             output = output.index_copy(0, rows, (block * weights).sum(1))
         return output
+
+
+def _tag_new_parameters(layer: FMoE, incompatible_keys: Any) -> None:
+    """load_state_dict(assign=True) makes new parameters, which must have the tags of those before."""
+    if layer._expert_dp_comm is None:
+        return
+    for module, tag in ((layer.experts, layer._expert_dp_comm), (layer.gate, "gate")):
+        for parameter in module.parameters():
+            if not hasattr(parameter, "dp_comm"):
+                parameter.dp_comm = tag
 
 
 def _takes_count(expert: nn.Module) -> bool:

@@ -83,6 +83,7 @@ def test_loading_into_the_meta_device(assign):
     host = Host(True)
     layer.load_state_dict(host.state_dict(), assign=assign)
     assert torch.equal(layer.experts.htoh4.weight[2:], host.experts[2].htoh4.weight)
+    assert {n.split(".")[0]: p.dp_comm for n, p in layer.named_parameters()} == {"gate": "gate", "experts": "none"}
 
 
 def test_what_is_missing_or_left_over_is_named():
