@@ -14,6 +14,7 @@ from .inspect import to_text
 from .layouts import LAYOUTS
 
 COMMANDS = ("convert", "inspect", "upcycle")
+GO_ON = ": the same command goes on from here"
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1024, "MI": 1024**2, "GI": 1024**3}
 
 
@@ -147,7 +148,10 @@ def main(command: str, argv: list[str]) -> int:
         print(f"fastmoe_cpp {command}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        again = "" if command == "inspect" else ": the same command goes on from here"
+        again = "" if command == "inspect" else GO_ON
         print(f"fastmoe_cpp {command}: {error.filename}: {error.strerror}{again}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"fastmoe_cpp {command}: interrupted" + ("" if command == "inspect" else GO_ON), file=sys.stderr)
+        return 130
     return 0

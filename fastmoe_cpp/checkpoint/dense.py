@@ -17,7 +17,7 @@ from .errors import (
     ShapeError,
     UnknownTensorError,
 )
-from .files import TORCH_DTYPES, TensorInfo, inside, read_json
+from .files import TORCH_DTYPES, TensorInfo, all_finite, inside, read_json
 from .source import open_store
 
 PARTS = ("gate", "up", "down")
@@ -106,7 +106,7 @@ class Dense:
         """[F, H] of gate and up, [H, F] of down; NonFiniteError where it is not finite."""
         name = self.name(layer, part)
         tensor = self.store.read(name)
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise NonFiniteError(f"{self.path}: {name} must be finite, it holds NaN or infinite values", tensor=name)
         return tensor
 

@@ -192,6 +192,12 @@ def _check_spans(file: Path, infos: Mapping[str, TensorInfo], start: int, size: 
         raise FileFormatError(f"{file}: must have {end} bytes, it has {size}: {fault}", expected=end, found=size)
 
 
+def all_finite(tensor: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite."""
+    # a sum is many times faster and is finite only where every term is; it may overflow where all are
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
 def inside(folder: Path, file: Path) -> Path:
     """The file, or UnsafeFileError where it leads out of the folder by a link or by '..'.
 

@@ -1,6 +1,6 @@
 """What MergeKit's MoE files are known to get wrong, said and mended.
 
-Before its release 0.1.0, mergekit-moe gave the shared expert a gate vector only where it had prompts, so that a
+Up to its release 0.0.6, mergekit-moe gave the shared expert a gate vector only where it had prompts, so that a
 Qwen2-MoE merge with random gates holds shared_expert_gate.weight of shape [0, H] where [1, H] is due. The values were
 never made: they can only be drawn anew.
 """
@@ -21,7 +21,7 @@ def empty_shared_gate(name: str, found: Sequence[int], hidden_size: int) -> Shap
     """The error for a shared gate without rows: tensor, both shapes, cause and remedy."""
     expected = [1, hidden_size]
     return ShapeError(
-        f"{name} must have shape {expected}, it has {list(found)}: mergekit-moe before 0.1.0 writes it so for random "
+        f"{name} must have shape {expected}, it has {list(found)}: mergekit-moe up to 0.0.6 writes it so for random "
         "gates, without a row for the shared expert; merge again with a newer mergekit, or draw the row anew with "
         "--repair-shared-gate (repair_shared_gate=True) and train it",
         tensor=name, expected=tuple(expected), found=tuple(found),

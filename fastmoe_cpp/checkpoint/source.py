@@ -26,7 +26,7 @@ from .errors import (
     UnknownTensorError,
     UnsafeFileError,
 )
-from .files import TORCH_DTYPES, SafetensorsStore, Store, TensorInfo, inside, read_json
+from .files import TORCH_DTYPES, SafetensorsStore, Store, TensorInfo, all_finite, inside, read_json
 from .infer import infer
 from .layouts import LAYOUTS, Layout, layout_of
 from .layouts.base import EXPERT, EXPERT_PARTS, FLAT, STACK, Entry, config_from_json
@@ -377,7 +377,7 @@ class Checkpoint:
             stored = self.store.read(name, slice(expert * rows, (expert + 1) * rows))
         else:
             stored = self.store.read(name)
-        if not torch.isfinite(stored).all():
+        if not all_finite(stored):
             count = int((~torch.isfinite(stored)).sum())
             where = f" in expert {expert}" if entry.over in (STACK, FLAT) else ""
             raise NonFiniteError(

@@ -32,7 +32,7 @@ from fastmoe_cpp.checkpoint import (
     inspect,
     load_moe,
 )
-from fastmoe_cpp.checkpoint.files import read_header
+from fastmoe_cpp.checkpoint.files import all_finite, read_header
 
 from . import make
 
@@ -255,6 +255,20 @@ def test_not_finite(tmp_path, value, layout):
     error = refused(source, NonFiniteError, "must be finite, it holds 1 NaN or infinite values")
     assert error.tensor == name
     assert [p.tensor for p in inspect(source, values=True).all_problems] == [name]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_finite_is_exact(dtype):
+    largest = torch.full((64, 3), torch.finfo(dtype).max, dtype=dtype)
+    assert all_finite(largest) and all_finite(largest[:0])  # whose sum is infinite
+    for value in (float("nan"), float("inf"), -float("inf")):
+        for at in (0, 63):
+            wrong = largest.clone()
+            wrong[at, 1] = value
+            assert not all_finite(wrong)
+    both = torch.zeros(4, dtype=dtype)
+    both[0], both[1] = float("inf"), -float("inf")
+    assert not all_finite(both)
 
 
 def test_quantised_experts(tmp_path):

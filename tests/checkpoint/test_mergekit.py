@@ -25,7 +25,7 @@ def test_no_row(tmp_path, caplog):
     layer = MoE(Checkpoint(source).moe, dtype=torch.bfloat16)
     before = {n: t.clone() for n, t in layer.state_dict().items()}
     with pytest.raises(
-        ShapeError, match=rf"{NAME} must have shape \[1, 6\], it has \[0, 6\]: mergekit-moe before 0.1.0"
+        ShapeError, match=rf"{NAME} must have shape \[1, 6\], it has \[0, 6\]: mergekit-moe up to 0.0.6"
     ):
         load_moe(layer, source, 1)
     make.same_bits(layer.state_dict(), before)
