@@ -20,8 +20,17 @@ class RankFailed(AssertionError):
     """Some ranks raised, died or did not end in time: what each of them has to say."""
 
 
-def _rank(rank: int, world_size: int, folder: str, timeout: float, fn: Callable[..., Any], args: tuple) -> None:
+#: Imported once, by the process that the ranks are forks of: it has no threads and no CUDA context.
+_PRELOAD = ["support.ranks", "fastmoe_cpp.parallel", "torch.distributed.fsdp"]
+
+
+def _rank(
+    rank: int, world_size: int, folder: str, timeout: float, environment: dict[str, str], fn: Callable[..., Any],
+    args: tuple,
+) -> None:  # fmt: skip
     torch.set_num_threads(1)
+    os.environ.clear()
+    os.environ.update(environment)
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
@@ -43,9 +52,12 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
     rank fails the others are ended, at the latest after `timeout` seconds, and RankFailed shows every rank's traceback.
     """
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(_PRELOAD)
         ranks = [
-            context.Process(target=_rank, args=(rank, world_size, folder, timeout, fn, args), daemon=True)
+            context.Process(
+                target=_rank, args=(rank, world_size, folder, timeout, dict(os.environ), fn, args), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in ranks:
