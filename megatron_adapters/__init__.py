@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -106,6 +107,7 @@ def _version_of(folder: Path) -> str | None:
         return None
     if not schedules:  # the schedule is inside training.py
         return "2.2" if "forward_step_func(data_iterator, model, input_tensor)" in text("training.py") else None
-    if "output_tensor, loss_func = forward_step_func(data_iterator, model)" not in schedules:
+    # as it is, or as FastMoE patches it
+    if not re.search(r"output_tensor, loss_func(, bal_loss)? = forward_step_func\(data_iterator, model\)", schedules):
         return None
     return "3.0.2" if "class SwitchMLP" in layer else "2.5"

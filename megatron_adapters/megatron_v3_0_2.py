@@ -24,6 +24,9 @@ from .megatron_lm.data_parallel import DistributedDataParallel
 from .megatron_lm.gradients import clip_grad_norm, grad_norm, prepare_optimizer
 from .megatron_lm.model import add_arguments
 
+#: FastMoE's name of it.
+add_fmoe_args = add_arguments
+
 VERSION = "3.0.2"
 
 __all__ = [
@@ -31,6 +34,8 @@ __all__ = [
     "DistributedDataParallel",
     "MegatronMLP",
     "add_arguments",
+    "add_balance_log",
+    "add_fmoe_args",
     "checkpoint_name",
     "clip_grad_norm",
     "fmoefy",
@@ -120,6 +125,14 @@ def patch_forward_step(
     """
     _model.check_version(VERSION, Megatron_Version)
     return _schedule.patch_v2_5(forward_step_func, VERSION)
+
+
+def add_balance_log(model: Any, writer: Any, iteration: int) -> None:
+    """Every layer's weighted balance loss of the last pass, averaged over data-parallel ranks, to a tensorboard writer.
+
+    Every rank calls it; writer is None on those that write nothing.
+    """
+    _schedule.add_balance_log(model, writer, iteration, VERSION)
 
 
 def install() -> Callable[[], None]:

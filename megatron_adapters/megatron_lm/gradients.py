@@ -83,6 +83,8 @@ def prepare_optimizer(optimizer: Any) -> Any:
             for parameter, copy in zip(group, copies, strict=True):
                 if hasattr(parameter, "dp_comm"):
                     copy.dp_comm = parameter.dp_comm
+    if hasattr(optimizer, "params_have_main_grad"):  # DistributedDataParallel gives every parameter one
+        optimizer.params_have_main_grad = True
     check = getattr(optimizer, "_unscale_main_grads_and_check_for_nan", None)
     if check is not None:
 

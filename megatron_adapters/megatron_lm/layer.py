@@ -97,6 +97,8 @@ class MegatronMLP(FMoETransformerMLP):
         #: The balance loss of the last training pass, times its weight, detached; None where the gate has none.
         self.balance_loss: Tensor | None = None
         self.tensor_parallel = values["tensor_model_parallel_size"]
+        #: Pipeline stages of the model.
+        self.stages = values["pipeline_model_parallel_size"]
         rank = values["rank"] if distributed else 0
         if self.tensor_parallel > 1:
             self._share_experts()

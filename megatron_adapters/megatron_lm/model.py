@@ -39,7 +39,10 @@ def transformer_layers(model: Any, version: str) -> Iterator[nn.Module]:
 
 
 def moe_layers(model: Any, version: str) -> list[MegatronMLP]:
-    """The MoE layers of a model."""
+    """The MoE layers of a model, none where ``--fmoefy`` left it as it is."""
+    model = host.unwrap(model)
+    if isinstance(model, nn.Module):
+        return [module for module in model.modules() if isinstance(module, MegatronMLP)]
     return [layer.mlp for layer in transformer_layers(model, version) if isinstance(layer.mlp, MegatronMLP)]
 
 

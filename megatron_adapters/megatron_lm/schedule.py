@@ -60,8 +60,8 @@ def _average(loss: Tensor) -> Tensor:
     return loss
 
 
-def _stages() -> int:
-    return getattr(host.get_args(), "pipeline_model_parallel_size", None) or 1
+def _pipelined(layers: Sequence[MegatronMLP]) -> bool:
+    return any(layer.stages > 1 for layer in layers)
 
 
 def _loss_scale(args: Any) -> Any:
@@ -87,7 +87,7 @@ def remember_optimizer(optimizer: Any) -> None:
 
 def _set_scale(layers: Sequence[MegatronMLP]) -> None:
     """On a pipeline: the scale of the coming backward pass, by the host's settings."""
-    if _stages() > 1 and torch.is_grad_enabled() and any(layer.balance_name is not None for layer in layers):
+    if _pipelined(layers) and torch.is_grad_enabled() and any(layer.balance_name is not None for layer in layers):
         scale = _loss_scale(host.get_args()) / host.num_microbatches()
         for layer in layers:
             layer.balance_scale = scale
@@ -100,7 +100,7 @@ def _with_balance_loss(output: Any, layers: Sequence[MegatronMLP]) -> tuple[Tens
     if not names:
         return loss, logged
     balance = total_balance_loss(layers, loss)
-    if loss.requires_grad and _stages() == 1:
+    if loss.requires_grad and not _pipelined(layers):
         loss = _ReadScale.apply(loss, list(layers))
     name = names.pop() if len(names) == 1 else "balance_loss"
     return loss + balance.to(loss.dtype), {**logged, name: _average(balance)}
@@ -150,6 +150,15 @@ def patch_v2_5(forward_step_func: Callable[..., Any], version: str) -> Callable[
 
     forward_step.has_balance_loss = True  # type: ignore[attr-defined]
     return forward_step
+
+
+def add_balance_log(model: Any, writer: Any, iteration: int, version: str) -> None:
+    """See the adapters' ``add_balance_log``."""
+    for layer in moe_layers(model, version):
+        if layer.balance_loss is not None:
+            loss = _average(layer.balance_loss)  # every rank takes part
+            if writer is not None:
+                writer.add_scalar(f"{layer.balance_name}/layer-{layer.layer_idx}", loss.item(), iteration)
 
 
 def takes_three(schedules: Any) -> bool:
