@@ -375,6 +375,40 @@ def the_balance_loss_reaches_every_router_once(host: Host) -> None:
 
 
 @check
+def a_schedule_of_fastmoe_trains_on_it_once_too(host: Host) -> None:
+    """FastMoE's schedules run backward from the third value as well, divided by the number of micro-batches."""
+    if host.version == "2.2":
+        return
+    host.start("--balance-loss-weight", "2")
+    host.build(gate=BalancedGate)
+    expected = _reference_gradients(host, 2.0)
+    output, loss_func, balance = host.adapter.patch_forward_step(host.forward_step())(
+        iter([host.data()]), host.inner()
+    )  # fmt: skip
+    loss = loss_func(output)[0]
+    host.optimizer.zero_grad()
+    torch.autograd.backward([loss, balance / 4], [None, None])
+    named = dict(host.inner().named_parameters())
+    buffered = getattr(host.wrapper(), "use_contiguous_buffers", False)
+    all_close({n: (p.main_grad if buffered else p.grad).detach() for n, p in named.items()}, expected)
+
+
+@check
+def every_layers_balance_loss_is_logged(host: Host) -> None:
+    host.start("--balance-strategy", "gshard")
+    host.build()
+    seen = {}
+    writer = SimpleNamespace(add_scalar=lambda name, value, step: seen.update({name: (value, step)}))
+    host.adapter.add_balance_log(host.model, writer, 7)
+    assert seen == {}
+    logged = host.gradients_of([host.data()])[1]
+    host.adapter.add_balance_log(host.model, None, 7)
+    host.adapter.add_balance_log(host.model, writer, 7)
+    assert set(seen) == {f"gshard_loss/layer-{i}" for i in range(LAYERS)}
+    assert sum(value for value, _ in seen.values()) == pytest.approx(logged["gshard_loss"].item(), rel=1e-6)
+
+
+@check
 def gradients_do_not_change_with_the_number_of_micro_batches(host: Host) -> None:
     host.start("--balance-loss-weight", "2")
     host.build(gate=BalancedGate)

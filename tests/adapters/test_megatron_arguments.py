@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -286,3 +287,13 @@ def test_the_documents_table(version: str) -> None:
     for row in MEGATRON_LM[version]:
         assert f"`{option(row.name)}`" in shown
         assert row.honoured or f"refused: {row.refused}" in shown
+
+
+def test_the_page_names_what_is_refused_and_what_is_added() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "hosts" / "megatron-lm.md").read_text()
+    internal = {"virtual_pipeline_model_parallel_size"}  # computed by the host
+    for name in {
+        *REFUSED,
+        *vars(get_adapter("2.5").add_arguments(argparse.ArgumentParser()).parse_args([])),
+    } - internal:
+        assert f"`{option(name)}" in page, name
