@@ -25,7 +25,7 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from megatron_checks import all_close, close
+from megatron_compare import all_close, close
 from megatron_host import BATCH, EXPERTS, HIDDEN, LAYERS, BalancedGate, Host, open_world, prepare
 
 RANK_CHECKS: dict[str, Callable[[Host, dict, Path], None]] = {}
@@ -173,8 +173,8 @@ def pipeline_stages_train_on_their_own_balance_loss(host: Host, whole: dict, fol
 def every_rank_saves_and_loads_its_experts(host: Host, whole: dict, folder: Path) -> None:
     rank = torch.distributed.get_rank()
     for kind in ([], ["--fp16"] if host.version == "2.2" else ["--bf16"]):
-        start = lambda: host.start("--balance-strategy", "gshard", "--loss-scale", "4", *kind, experts=2)  # noqa: E731, B023
-        args = start()
+        settings = ("--balance-strategy", "gshard", "--loss-scale", "4", *kind)
+        args = host.start(*settings, experts=2)
         args.save = str(folder / f"checkpoint{len(kind)}")
         host.build()
         host.train_step([host.data(rank)])
@@ -189,7 +189,7 @@ def every_rank_saves_and_loads_its_experts(host: Host, whole: dict, folder: Path
         torch.manual_seed(9)
         expected = host.train_step([host.data(5 + rank)])[0]
         weights = _weights(host)
-        args = start()
+        args = host.start(*settings, experts=2)
         args.load = str(folder / f"checkpoint{len(kind)}")
         torch.manual_seed(77)
         host.build()
@@ -211,9 +211,6 @@ def _refuses_damaged_files(host: Host, own: Path, rank: int) -> None:
     weights = _weights(host)
     saved = torch.load(own, weights_only=True)["model"]
     name, tensor = next(iter(checkpoint._leaves(saved)))
-    tree = saved
-    for part in name.split(".")[:-1]:
-        tree = tree.get(part, tree) if isinstance(tree, dict) else tree
     flat = dict(checkpoint._leaves(saved))
     with pytest.raises(ValueError, match=f"one side lacks {re.escape(name)}"):
         checkpoint._load_experts(host.inner(), {k: v for k, v in flat.items() if k != name}, "file")

@@ -1,6 +1,6 @@
 """The adapters of Megatron-LM v2.2, v2.5 and v3.0.2 in their hosts, on one rank and on two (gloo).
 
-The checks are in megatron_checks.py and megatron_rank_checks.py. They run in processes of their own, once a host:
+The checks are in megatron_*_checks.py. They run in processes of their own, once a host:
 against a stand-in that keeps the host's contracts, and against the host's own code where FASTMOE_CPP_MEGATRON_LM_2_2,
 ..._2_5 or ..._3_0_2 names a checkout of it.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,14 +23,13 @@ HERE = Path(__file__).parent
 VERSIONS = ("2.2", "2.5", "3.0.2")
 
 
-def _names(program: str, decorated: str = "@check") -> list[str]:
-    """The checks of a program, without importing it: it needs its host."""
-    lines = (HERE / program).read_text().splitlines()
-    return [
-        following.split("(")[0].removeprefix("def ")
-        for line, following in zip(lines, lines[1:], strict=False)
-        if line == decorated
-    ]
+def _names(*files: str) -> list[str]:
+    """The checks in files, without importing them: they need their host."""
+    return [name for file in files for name in re.findall(r"(?m)^@check\ndef (\w+)", (HERE / file).read_text())]
+
+
+ONE_RANK = _names("megatron_layer_checks.py", "megatron_schedule_checks.py", "megatron_training_checks.py")
+TWO_RANKS = _names("megatron_rank_checks.py")
 
 
 def _source(version: str, kind: str) -> str:
@@ -89,7 +89,7 @@ def _two_ranks(version: str, source: str) -> list[dict[str, str | None]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", _names("megatron_checks.py"))
+@pytest.mark.parametrize("name", ONE_RANK)
 @pytest.mark.parametrize("kind", ["stand-in", "checkout"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_on_one_rank(version: str, kind: str, name: str) -> None:
@@ -98,7 +98,7 @@ def test_on_one_rank(version: str, kind: str, name: str) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", _names("megatron_rank_checks.py"))
+@pytest.mark.parametrize("name", TWO_RANKS)
 @pytest.mark.parametrize("kind", ["stand-in", "checkout"])
 @pytest.mark.parametrize("version", VERSIONS)
 def test_on_two_ranks(version: str, kind: str, name: str) -> None:
