@@ -220,6 +220,23 @@ def test_compiles_in_one_graph(name):
             assert torch.equal(one, other)
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_nothing_waits_for_the_device(name):
+    module = decorated.make(name, "silu", torch.float32).cuda()
+    module.config._experts_implementation = "fastmoe_cpp"
+    ids, weights = routing(64, dtype=torch.float32)
+    ids[::3, 0] = decorated.EXPERTS
+    ids, weights, x = ids.cuda(), weights.cuda(), torch.randn(64, 24, device="cuda", requires_grad=True)
+    module(x, ids, weights).sum().backward()
+    torch.cuda.synchronize()
+    try:
+        torch.cuda.set_sync_debug_mode("error")
+        module(x, ids, weights).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_a_gate_of_the_users_own():
     """A class we have never seen, with a gate of its own, biases and an ungated sibling: its code runs between."""
 

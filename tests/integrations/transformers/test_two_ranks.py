@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM
 
 from . import families
 
-
 CASES = ("gpt_oss-ep", "mixtral-ep", "mixtral-tp")
 
 
