@@ -21,7 +21,7 @@ from .configuration import FIELDS, check, moe_config
 from .experts import GroupedExperts
 from .layer import FastMoELayer
 from .router import TopKRouter
-from .specs import moe_submodules, use_fastmoe_cpp
+from .specs import install, moe_submodules, use_fastmoe_cpp
 
 __all__ = [
     "FIELDS",
@@ -29,6 +29,7 @@ __all__ = [
     "GroupedExperts",
     "TopKRouter",
     "check",
+    "install",
     "moe_config",
     "moe_submodules",
     "use_fastmoe_cpp",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from megatron.core.models.backends import LocalSpecProvider
@@ -42,6 +43,19 @@ def use_fastmoe_cpp(spec: Any, *, parts_only: bool = False) -> Any:
             f"{spec!r:.200}"
         )
     return replaced
+
+
+def install() -> Callable[[], None]:
+    """From now on every spec that Megatron-Core's spec functions make for a GPT holds FastMoELayer: for scripts whose
+    specs are out of reach. Returns a function that undoes it, for specs made afterwards."""
+    from megatron.core.models.gpt import moe_module_specs
+
+    moe_module_specs.MoELayer = FastMoELayer
+
+    def undo() -> None:
+        moe_module_specs.MoELayer = MoELayer
+
+    return undo
 
 
 def _replace(spec: Any, parts_only: bool) -> tuple[Any, int]:

@@ -1,4 +1,4 @@
-"""GPT-NeoX from a checkout, on the CPU: stubs of packages it imports, none of its own code. For a process of its own."""
+"""GPT-NeoX from a checkout, on the CPU: stubs of packages it imports, none of its code. For a process of its own."""
 
 from __future__ import annotations
 

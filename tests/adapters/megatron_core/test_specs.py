@@ -58,6 +58,18 @@ def test_submodules_and_mlp():
     assert parts.func is host.MoELayer and parts.keywords["submodules"].router is megatron_core.TopKRouter
 
 
+def test_installed():
+    undo = megatron_core.install()
+    try:
+        c = host.config(moe_layer_freq=2, ffn_hidden_size=20)
+        ours = block(c, get_gpt_decoder_block_spec(c, use_transformer_engine=False))
+    finally:
+        undo()
+    assert [type(layer.mlp).__name__ for layer in ours.layers] == ["FastMoELayer", "MLP"]
+    theirs = block(c, get_gpt_decoder_block_spec(c, use_transformer_engine=False))
+    assert type(theirs.layers[0].mlp) is host.MoELayer
+
+
 def test_a_spec_without_experts_is_refused():
     with pytest.raises(ValueError, match="spec must hold a MoELayer"):
         megatron_core.use_fastmoe_cpp(get_gpt_layer_local_spec())
