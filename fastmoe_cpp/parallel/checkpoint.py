@@ -7,6 +7,7 @@ checkpoint, of which every rank writes and reads its own part (torch.distributed
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,7 +33,9 @@ def save_checkpoint(
     """
     model_state, optimizer_state = get_state_dict(model, optimizer or (), options=_OPTIONS)
     state = {"model": model_state} | ({} if optimizer is None else {"optimizer": optimizer_state})
-    dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def load_checkpoint(
@@ -47,7 +50,10 @@ def load_checkpoint(
     model_state, optimizer_state = get_state_dict(model, optimizer or (), options=_OPTIONS)
     _check_tensors(folder, model_state)
     state = {"model": model_state} | ({} if optimizer is None else {"optimizer": optimizer_state})
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():
+        # of one process without a group
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
     set_state_dict(
         model, optimizer or (), model_state_dict=state["model"], optim_state_dict=state.get("optimizer", {}),
         options=_OPTIONS,

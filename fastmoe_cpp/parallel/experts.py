@@ -74,6 +74,8 @@ class ParallelExperts:
                 seed = (seed * 1_000_003 + weight.device_mesh.get_local_rank(dim) + 1) % 2**62
         weight.to_local().normal_(0.0, std, generator=torch.Generator().manual_seed(seed))
 
+    # traced, every pass's counts would be constants of a graph of its own
+    @torch.compiler.disable
     def __call__(
         self, experts: one_rank.Experts, hidden_states: Tensor, topk_weights: Tensor, plan: DispatchPlan
     ) -> Tensor:

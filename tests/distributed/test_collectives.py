@@ -127,3 +127,30 @@ def recomputed(rank):
 
 def test_activation_checkpointing_and_autocast():
     run_ranks(recomputed, 2)
+
+
+def compiled(rank):
+    """The experts run eagerly between graphs; other counts make no other graph."""
+    _, spread = pair(config(shared_intermediate_size=6), ep_mesh(2), dtype=torch.float32)
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    run = torch.compile(spread, backend=backend)
+    made = []
+    for seed in range(4):
+        x = batch([3, 2], 16, seed, dtype=torch.float32)[rank].requires_grad_()
+        y = spread(x)
+        (expected,) = torch.autograd.grad(y.square().sum(), x)
+        z = run(x)
+        (grad,) = torch.autograd.grad(z.square().sum(), x)
+        near(z, y, "output", rtol=1e-6)
+        near(grad, expected, "gradient", rtol=1e-5)
+        made.append(len(graphs))
+    assert 0 < made[0] == made[-1] < 5, made
+
+
+def test_compiled():
+    run_ranks(compiled, 2)
