@@ -19,6 +19,8 @@ from .activation import GATED, elementwise
 
 NAME = "fastmoe_cpp"
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 #: What @use_experts_implementation leaves on every module.
 LAYOUT = ("has_gate", "has_bias", "is_transposed", "is_concatenated")
 # The decorator's arguments that we know. A release that adds one gives experts a part that we would leave out.
@@ -95,6 +97,10 @@ def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor,
         down_bias = self.down_proj_bias
     if self.is_transposed:
         up, down = up.transpose(1, 2), down.transpose(1, 2)
+    if up.dtype not in DTYPES:
+        raise TypeError(
+            f"{type(self).__name__}'s weights must be of a floating dtype of 16 bits or more, got {up.dtype}"
+        )
     if not torch.is_autocast_enabled(hidden_states.device.type):
         hidden_states = hidden_states.to(up.dtype)
     weights = top_k_weights.to(torch.float64 if hidden_states.dtype == torch.float64 else torch.float32)
@@ -144,6 +150,12 @@ def use(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} can't be served: no module of it takes its experts from transformers' registry "
             f"(@use_experts_implementation), {found}"
         )
+    for name, module in served.items():
+        if module.down_proj.dtype not in DTYPES:
+            raise ValueError(
+                f"{type(model).__name__} can't be served: {name}.down_proj is {module.down_proj.dtype}, and only "
+                "floating dtypes of 16 bits or more are"
+            )
     if not hasattr(model, "set_experts_implementation"):
         raise ValueError(f"the model must be a transformers PreTrainedModel, got {type(model).__name__}")
     before = model.get_experts_implementation()

@@ -95,3 +95,12 @@ def test_training_moves_the_adapter_alone_and_it_is_saved_and_merged(family, tmp
         assert relative(again(input_ids=ids).logits, expected) < 1e-6
         merged = again.merge_and_unload()
         assert relative(merged(input_ids=ids).logits, expected) < 1e-5
+
+
+def test_a_wrapped_model_is_served_as_it_is():
+    theirs, _ = adapted("mixtral")
+    ids = families.tokens()
+    expected = theirs(input_ids=ids).logits
+    assert replace_moe_blocks(theirs) is theirs
+    assert theirs.get_base_model().config._experts_implementation == "fastmoe_cpp"
+    assert relative(theirs(input_ids=ids).logits, expected) < 3e-6

@@ -230,3 +230,18 @@ def test_what_is_no_pretrained_model_is_refused():
     inner = families.make("mixtral")
     with pytest.raises(ValueError, match="must be a transformers PreTrainedModel, got Sequential"):
         replace_moe_blocks(nn.Sequential(inner))
+
+
+def test_quantised_experts_are_refused_by_name():
+    model = families.make("mixtral")
+    experts_of = served(model)[-1]
+    down = experts_of.down_proj.detach().to(torch.float8_e4m3fn)
+    experts_of.down_proj = nn.Parameter(down, requires_grad=False)
+    with pytest.raises(ValueError, match=r"MixtralForCausalLM can't be served: .*down_proj is torch.float8_e4m3fn"):
+        replace_moe_blocks(model)
+    assert model.config._experts_implementation == "eager"
+    experts_of.gate_up_proj = nn.Parameter(experts_of.gate_up_proj.detach().to(torch.int8), requires_grad=False)
+    register()
+    model.set_experts_implementation("fastmoe_cpp")
+    with pytest.raises(TypeError, match="MixtralExperts's weights must be of a floating dtype .* got torch.int8"):
+        model(families.tokens())
