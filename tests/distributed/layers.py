@@ -18,6 +18,7 @@ from fastmoe_cpp.parallel import ExpertParallel
 SEQUENCES = {
     1: [[5], [0]],
     2: [[4, 4], [1, 6], [0, 4], [3, 0], [0, 0]],
+    3: [[2, 2, 2], [4, 0, 1]],
     4: [[3, 3, 3, 3], [1, 5, 0, 2], [0, 0, 3, 0]],
 }
 LENGTH = 2
