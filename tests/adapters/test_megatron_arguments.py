@@ -25,6 +25,7 @@ from megatron_adapters.arguments import (
     read_megatron_lm,
 )
 
+pytestmark = pytest.mark.filterwarnings("ignore:MoEConfig.top_k is 1")
 VERSIONS = tuple(MEGATRON_LM)
 #: What every namespace here has, but for what a test changes.
 BASE = {"hidden_size": 16, "fmoe_num_experts": 4, "num_layers": 2}
