@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
 import json
 import logging
 from collections.abc import Iterator, Mapping
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 
-from . import families, trunk
+from . import families, trunk, trunk_megatron
 from .errors import CheckpointError, ConfigError, DtypeError, LayoutError
 from .files import WEIGHT_SUFFIXES, inside
 from .layouts import Layout, layout_of
 from .layouts.base import EXPERT, FLAT, STACK, Entry, config_to_json
+from .rows import Tensor
 from .source import OWN_KEY, Checkpoint, LayerBlock
 from .writer import PartialFolder, Shard, Target, plan_digest, progress_bar, shards_of, write_index, write_text
 
@@ -142,7 +144,7 @@ class Plan:
             raise LayoutError(
                 f"the layout {target.name} can't hold this model: it needs {', '.join(needed)}, which the model lacks"
             )
-        self.config = self._config()
+        self.config = self._config(moe_only)
         self.notes: list[str] = []
         self.targets = [] if moe_only else self._trunk()
         for layer in source.layers:
@@ -170,7 +172,7 @@ class Plan:
             raise LayoutError(f"the prefix must hold '{{layer}}' once, got {given!r}")
         return given
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, moe_only: bool) -> dict[str, Any]:
         source, target = self.source, self.target
         if target.family is not None:
             if source.hf_config is None:
@@ -190,16 +192,28 @@ class Plan:
             "config": source.hf_config,
             "prefixes": {**source.own.get("prefixes", {}), source.layout.name: source.prefix_template},
         }
+        if trunk.is_megatron(target) and not moe_only:
+            arguments = trunk_megatron.arguments(source.hf_config, source.moe, source.trunk)
+            own["host"] |= arguments.get("config", {})
+            own |= {name: value for name, value in arguments.items() if name != "config"}
         return {OWN_KEY: own}
 
     def _trunk(self) -> list[Target]:
         source = self.source
-        names, notes = trunk.rename(source.trunk, source.layout, self.target, source.hf_config)
+        infos = {name: source.infos[name] for name in source.trunk}
+        planned, notes = trunk.plan(infos, source.layout, self.target, source.hf_config)
         self.notes += notes
         return [
-            Target(new, source.infos[name].dtype, source.infos[name].shape, lambda name=name: source.store.raw(name))
-            for name, new in names.items()
+            Target(name, tensor.dtype, tensor.shape, functools.partial(self._rows, tensor))
+            for name, tensor in planned.items()
         ]
+
+    def _rows(self, tensor: Tensor) -> Iterator[Any]:
+        for name, begin, end in tensor.rows:
+            info = self.source.infos[name]
+            row = info.nbytes // info.shape[0] if info.shape and info.shape[0] else 0
+            whole = not info.shape or (begin, end) == (0, info.shape[0])
+            yield from self.source.store.raw(name) if whole else self.source.store.raw(name, begin * row, end * row)
 
     def _layer(self, layer: LayerBlock) -> list[Target]:
         prefix = self.prefix.replace("{layer}", str(layer.number))

@@ -21,6 +21,7 @@ from .errors import CheckpointError, FileFormatError, MissingTensorError, Unsafe
 
 MAX_HEADER = 100_000_000  # bytes, the library's own limit
 MAX_JSON = 100_000_000
+CHUNK = 1 << 24  # bytes copied at a time
 INDEX = "model.safetensors.index.json"
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npz")
 
@@ -57,8 +58,8 @@ class Store(Protocol):
     def read(self, name: str, index: slice | int | None = None) -> torch.Tensor:
         """The tensor, or rows of its first dimension."""
 
-    def raw(self, name: str, chunk: int = 1 << 24) -> Iterator[bytes | memoryview]:
-        """The tensor's bytes, little-endian and row-major, in pieces of at most chunk."""
+    def raw(self, name: str, begin: int = 0, end: int | None = None) -> Iterator[bytes | memoryview]:
+        """The tensor's bytes (little-endian, row-major) from begin to end, in pieces of at most CHUNK."""
 
     def close(self) -> None:
         """Closes its files."""
@@ -305,14 +306,14 @@ class SafetensorsStore:
         view = self._open[info.file].get_slice(name)
         return view[:] if index is None else view[index]
 
-    def raw(self, name: str, chunk: int = 1 << 24) -> Iterator[bytes]:
-        """The tensor's bytes in pieces of at most chunk."""
+    def raw(self, name: str, begin: int = 0, end: int | None = None) -> Iterator[bytes]:
+        """The tensor's bytes from begin to end, in pieces of at most CHUNK."""
         info = self.infos[name]
         with open(info.file, "rb") as stream:
-            stream.seek(info.begin)
-            left = info.nbytes
+            stream.seek(info.begin + begin)
+            left = (info.nbytes if end is None else end) - begin
             while left:
-                piece = stream.read(min(chunk, left))
+                piece = stream.read(min(CHUNK, left))
                 if not piece:
                     raise FileFormatError(
                         f"{info.file}: {name} ended {left} bytes early: the file has changed", tensor=name

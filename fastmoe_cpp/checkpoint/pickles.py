@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .errors import DtypeError, FileFormatError, MissingTensorError, UnsafeFileError
-from .files import TensorInfo, inside, read_json
+from .files import CHUNK, TensorInfo, inside, read_json
 
 SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 _DTYPES = {
@@ -93,15 +93,16 @@ class PickleStore:
         tensor = self._tensors[name]
         return tensor if index is None else tensor[index]
 
-    def raw(self, name: str, chunk: int = 1 << 24) -> Iterator[memoryview]:
-        """The tensor's bytes in pieces of at most chunk."""
+    def raw(self, name: str, begin: int = 0, end: int | None = None) -> Iterator[memoryview]:
+        """The tensor's bytes from begin to end, in pieces of at most CHUNK."""
         tensor = self._tensors[name].contiguous()
         size = tensor.numel() * tensor.element_size()
         if size == 0:
             return
         view = memoryview((ctypes.c_char * size).from_address(tensor.data_ptr())).cast("B")
-        for start in range(0, size, chunk):
-            yield view[start : start + chunk]
+        view = view[begin:end]
+        for start in range(0, len(view), CHUNK):
+            yield view[start : start + CHUNK]
 
     def close(self) -> None:
         """Lets go of its files."""

@@ -1,6 +1,7 @@
 """The names of everything beside the MoE layers, between transformers and the hosts that have the same model.
 
-TorchTitan has Qwen3 and DeepSeek-V3 with the tensors of transformers under other names. Other pairs keep their names.
+TorchTitan has Qwen3 and DeepSeek-V3 with the tensors of transformers under other names, Megatron-Core (trunk_megatron)
+Mixtral, DeepSeek version 1, Qwen2-MoE and Qwen3-MoE with some of them joined. Other pairs keep their names.
 """
 
 from __future__ import annotations
@@ -9,9 +10,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from . import trunk_megatron
 from .errors import LayoutError
+from .files import TensorInfo
 from .layouts import Layout
+from .layouts.megatron_core import MegatronGrouped
 from .layouts.torchtitan import TorchTitan, TorchTitan03
+from .rows import View, whole
 
 _LAYER = {
     "input_layernorm.weight": "attention_norm.weight",
@@ -53,50 +58,65 @@ def _maps(layout: Layout, family: str | None) -> tuple[dict[str, str], dict[str,
     return _TOP | {"lm_head.weight": "lm_head.weight" if later else "output.weight"}, _LAYER | own
 
 
-def rename(
-    names: list[str], source: Layout, target: Layout, hf_config: Mapping[str, Any] | None
-) -> tuple[dict[str, str], list[str]]:
-    """The target's name for each tensor beside the MoE layers, and notes for people.
+def is_megatron(layout: Layout) -> bool:
+    """Whether the layout is one of Megatron-Core's."""
+    return isinstance(layout, MegatronGrouped)
+
+
+def plan(
+    infos: Mapping[str, TensorInfo], source: Layout, target: Layout, hf_config: Mapping[str, Any] | None
+) -> tuple[View, list[str]]:
+    """The target's tensors beside the MoE layers, as rows of the source's, and notes for people.
 
     LayoutError where a tensor has no place in the target's model.
     """
     family = hf_config.get("model_type") if hf_config else None
-    renamed = {name: name for name in names}
     notes: list[str] = []
-    back = _maps(source, family)
-    if back is not None and any(name in back[0].values() for name in names):
-        renamed = {name: _one(name, _inverse(back[0]), _inverse(back[1]), "layers", "model.layers") for name in names}
-    hugging_face = all(new.startswith(("model.", "lm_head.")) for new in renamed.values())
+    unwanted = _DERIVED + (("_extra_state",) if is_megatron(source) else ())
+    view = {name: tensor for name, tensor in whole(infos).items() if not name.endswith(unwanted)}
+    if left := len(infos) - len(view):
+        notes.append(f"{left} tensors without weights (rotary frequencies, _extra_state) were left out")
+    before = set(view)
+    view = _to_hugging_face(view, source, hf_config)
     if target.family is not None:
-        for name, new in renamed.items():
-            if not new.startswith(("model.", "lm_head.")):
+        for name in view:
+            if not name.startswith(("model.", "lm_head.")):
                 raise LayoutError(
                     f"{name} has no place in a {target.family} model: only the MoE layers can be written (--moe-only)",
                     tensor=name,
                 )  # fmt: skip
-        return renamed, notes
+        return view, notes
     forward = _maps(target, family)
-    if forward is not None and hugging_face and names:
-        derived = [name for name in names if name.endswith(_DERIVED)]
-        if derived:
-            notes.append(
-                f"{len(derived)} tensors that are computed from the configuration were left out: {derived[0]}, ..."
-            )
-        renamed = {
-            name: _one(new, *forward, "model.layers", "layers") for name, new in renamed.items() if name not in derived
-        }
-        missing = [name for name in renamed if not _known(renamed[name])]
+    hugging_face = bool(view) and all(name.startswith(("model.", "lm_head.")) for name in view)
+    if hugging_face and is_megatron(target) and hf_config is not None and trunk_megatron.supported(hf_config):
+        notes += trunk_megatron.notes(hf_config)
+        return trunk_megatron.from_hf(view, hf_config, target.name == "megatron_grouped"), notes
+    if hugging_face and forward is not None:
+        view = {_one(name, *forward, "model.layers", "layers"): tensor for name, tensor in view.items()}
+        missing = [name for name in view if name.startswith("model.")]
         if missing:
             raise LayoutError(
                 f"{missing[0]} has no place in TorchTitan's {family}: only the MoE layers can be written (--moe-only)",
                 tensor=missing[0],
             )  # fmt: skip
-    elif names and target.name != source.name:
+    elif view and target.name != source.name and set(view) == before:
         notes.append(
-            f"{len(names)} tensors beside the MoE layers keep their names and bytes: {target.name} says how MoE layers "
+            f"{len(view)} tensors beside the MoE layers keep their names and bytes: {target.name} says how MoE layers "
             "are stored"
         )
-    return renamed, notes
+    return view, notes
+
+
+def _to_hugging_face(view: View, source: Layout, hf_config: Mapping[str, Any] | None) -> View:
+    """transformers' names, where the source's can be translated."""
+    back = _maps(source, hf_config.get("model_type") if hf_config else None)
+    if back is not None and any(name in back[0].values() for name in view):
+        top, layer = _inverse(back[0]), _inverse(back[1])
+        return {_one(name, top, layer, "layers", "model.layers"): tensor for name, tensor in view.items()}
+    if is_megatron(source) and hf_config is not None and trunk_megatron.supported(hf_config):
+        if trunk_megatron.is_megatron(view):
+            return trunk_megatron.to_hf(view, hf_config)
+    return view
 
 
 def _inverse(names: Mapping[str, str]) -> dict[str, str]:
@@ -110,7 +130,3 @@ def _one(name: str, top: Mapping[str, str], layer: Mapping[str, str], before: st
     if match and match[2] in layer:
         return f"{after}.{match[1]}.{layer[match[2]]}"
     return name
-
-
-def _known(name: str) -> bool:
-    return not name.startswith("model.")

@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 H, F, E, S = 6, 4, 8, 8
 Tensors = dict[str, torch.Tensor]
 
-COMMON = {"hidden_size": H, "hidden_act": "silu", "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 10}
+COMMON = {"hidden_size": H, "hidden_act": "silu", "num_hidden_layers": 2, "num_attention_heads": 2,
+          "num_key_value_heads": 1, "vocab_size": 10}  # fmt: skip
 CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": {"model_type": "mixtral", "intermediate_size": F, "num_local_experts": E, "num_experts_per_tok": 2},
     "qwen2_moe": {"model_type": "qwen2_moe", "moe_intermediate_size": F, "num_experts": E, "num_experts_per_tok": 4,

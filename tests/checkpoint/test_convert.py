@@ -24,6 +24,7 @@ from fastmoe_cpp.checkpoint import (
     ConversionError,
     LayoutError,
     MissingTensorError,
+    ShapeError,
     convert,
     inspect,
     load_moe,
@@ -251,6 +252,44 @@ def test_megatron_weights_into_transformers(tmp_path):
     for layer in range(2):
         wanted |= make.hugging_face("olmoe", make.parts("olmoe", layer), layer)
     make.same_bits(make.read(tmp_path / "out"), wanted)
+
+
+def test_attention_in_megatron(tmp_path):
+    """Each group of heads has its queries, key and value under one another; norms lie where the host has them."""
+    source = make.checkpoint(tmp_path / "source", "qwen3_moe")
+    config = {**make.CONFIGS["qwen3_moe"], "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 3}
+    rows = {"q": torch.arange(12.0), "k": 100 + torch.arange(6.0), "v": 200 + torch.arange(6.0)}
+    tensors = make.read(source)
+    for n in range(2):
+        tensors |= {
+            f"model.layers.{n}.self_attn.{p}_proj.weight": r[:, None].repeat(1, make.H) for p, r in rows.items()
+        }
+    make.write(source, tensors, config)
+    convert(source, tmp_path / "grouped", "megatron_grouped")
+    found = make.read(tmp_path / "grouped")
+    group = [[*range(6), 100, 101, 102, 200, 201, 202], [*range(6, 12), 103, 104, 105, 203, 204, 205]]
+    assert found["decoder.layers.1.self_attention.linear_qkv.weight"][:, 2].tolist() == group[0] + group[1]
+    assert "decoder.layers.1.self_attention.linear_qkv.layer_norm_weight" in found
+    own = Checkpoint(tmp_path / "grouped").own
+    assert own["host"]["num_query_groups"] == 2 and own["host"]["kv_channels"] == 3
+    assert own["model"]["vocab_size"] == 10 and own["host"]["moe_layer_freq"] == [1, 1]
+    convert(tmp_path / "grouped", tmp_path / "sequential", "megatron_sequential")
+    assert "decoder.layers.1.input_layernorm.weight" in make.read(tmp_path / "sequential")
+    convert(tmp_path / "sequential", tmp_path / "back", "qwen3_moe")
+    make.same_bits(make.read(tmp_path / "back"), tensors)
+
+    make.write(source, tensors, {**config, "head_dim": 4})
+    with pytest.raises(
+        ShapeError, match=r"self_attn.q_proj.weight must have 16 rows by config.json's heads.*\[12, 6\]"
+    ):
+        convert(source, tmp_path / "out", "megatron_grouped")
+    make.write(source, {n: t for n, t in tensors.items() if n != "model.layers.0.self_attn.v_proj.weight"}, config)
+    with pytest.raises(MissingTensorError, match="layers.0.self_attn.v_proj.weight is missing, and its neighbours"):
+        convert(source, tmp_path / "out", "megatron_grouped")
+    make.write(source, {**tensors, "model.layers.0.self_attn.sinks": torch.zeros(4)}, config)
+    with pytest.raises(LayoutError, match="self_attn.sinks has no place in Megatron's GPTModel.*--moe-only"):
+        convert(source, tmp_path / "out", "megatron_grouped")
+    convert(source, tmp_path / "out", "megatron_grouped", moe_only=True)
 
 
 def test_a_prefix_is_used_and_remembered(tmp_path):
