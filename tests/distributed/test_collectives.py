@@ -1,9 +1,11 @@
 """What goes over the wire: a token once to a rank, the same collectives on every rank, and an end when one dies."""
 
+import gc
 import os
 import re
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -127,6 +129,32 @@ def recomputed(rank):
 
 def test_activation_checkpointing_and_autocast():
     run_ranks(recomputed, 2)
+
+
+def resident() -> int:
+    """Bytes of memory this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def soaked(rank):
+    """Bytes by which memory grew over hundreds of passes, recomputed, every one with another routing and batch."""
+    _, spread = pair(config({"balance_loss": "global", "balance_loss_coefficient": 0.1}), ep_mesh(2))
+
+    def passes(first, last):
+        for seed in range(first, last):
+            x = batch([seed % 7, 40 - seed % 5], 16, seed)[rank].requires_grad_()
+            checkpoint(spread, x, use_reentrant=False).sum().backward()
+            spread.update_expert_bias()
+        gc.collect()
+        return resident()
+
+    return -passes(0, 60) + passes(60, 260)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
+def test_memory_does_not_grow():
+    # one exchange of rows kept a pass would be 2 MB
+    assert max(run_ranks(soaked, 2)) < 2**20
 
 
 def compiled(rank):

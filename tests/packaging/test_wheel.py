@@ -14,7 +14,7 @@ from torch.utils import cpp_extension
 pytestmark = pytest.mark.timeout(900)
 
 HEADERS = ["fastmoe_cpp.h", "nn/moe.h", "nn/options.h", "nn/state_dict.h"]
-HEADERS += [f"ops/{op}.h" for op in ("combine", "dispatch", "experts", "losses", "router")]
+HEADERS += [f"ops/{op}.h" for op in ("combine", "dispatch", "exchange", "experts", "losses", "router")]
 
 
 def test_wheel_holds_what_it_should_and_nothing_else(wheel: Wheel) -> None:
