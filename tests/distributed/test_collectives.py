@@ -138,23 +138,24 @@ def resident() -> int:
 
 def soaked(rank):
     """Bytes by which memory grew over hundreds of passes, recomputed, every one with another routing and batch."""
-    _, spread = pair(config({"balance_loss": "global", "balance_loss_coefficient": 0.1}), ep_mesh(2))
+    router = {"balance_loss": "global", "balance_loss_coefficient": 0.1}
+    _, spread = pair(config(router, hidden_size=64), ep_mesh(2))
 
     def passes(first, last):
         for seed in range(first, last):
-            x = batch([seed % 7, 40 - seed % 5], 16, seed)[rank].requires_grad_()
+            x = batch([seed % 7, 40 - seed % 5], 64, seed)[rank].requires_grad_()
             checkpoint(spread, x, use_reentrant=False).sum().backward()
             spread.update_expert_bias()
         gc.collect()
         return resident()
 
-    return -passes(0, 60) + passes(60, 260)
+    return -passes(0, 80) + passes(80, 280)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_memory_does_not_grow():
-    # one exchange of rows kept a pass would be 2 MB
-    assert max(run_ranks(soaked, 2)) < 2**20
+    # one exchange of rows kept a pass would be 9 MB; the allocator's own growth ends at about 1 MB
+    assert max(run_ranks(soaked, 2)) < 4 * 2**20
 
 
 def compiled(rank):
