@@ -36,11 +36,22 @@ ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 
 
+# The command, on a disk that takes its time: so it is met half way on every machine.
+SLOWLY = """
+import sys, time
+from fastmoe_cpp.__main__ import main
+from fastmoe_cpp.checkpoint import writer
+sync = writer.sync_folder
+writer.sync_folder = lambda folder: (time.sleep(0.1), sync(folder))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "fastmoe_cpp", *map(str, arguments)]
 
 
-def wide(folder: Path, layers: int = 40) -> Path:
+def wide(folder: Path, layers: int = 10) -> Path:
     """Many small layers, so that there are many shards."""
     config = {**make.CONFIGS["qwen3_moe"], "num_hidden_layers": layers}
     tensors: make.Tensors = {}
@@ -53,13 +64,15 @@ def wide(folder: Path, layers: int = 40) -> Path:
 
 def killed_half_way(arguments: list[str], partial: Path, shards: int) -> None:
     """Runs the command and kills it (SIGKILL) once that many shards are whole."""
-    process = subprocess.Popen(arguments, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    slowly = [sys.executable, "-c", SLOWLY, *arguments[3:]]
+    process = subprocess.Popen(slowly, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
     while process.poll() is None and time.monotonic() < deadline:
         with contextlib.suppress(FileNotFoundError):
             if sum(name.endswith(".safetensors") for name in os.listdir(partial)) >= shards:
                 process.send_signal(signal.SIGKILL)
                 break
+        time.sleep(0.01)
     assert process.wait(60) == -signal.SIGKILL
 
 
@@ -85,7 +98,7 @@ def test_killed_and_gone_on_with(tmp_path):
 
 
 def test_another_conversion_is_not_gone_on_with(tmp_path):
-    source = wide(tmp_path / "source", layers=10)
+    source = wide(tmp_path / "source")
     target = tmp_path / "target"
     run = command("convert", source, target, "--to", "fastmoe_cpp", "--max-shard-size", "100", "--quiet")
     killed_half_way(run, tmp_path / ".target.partial", shards=2)
