@@ -145,7 +145,7 @@ def routing_refusals(config: MoEConfig, **allowed: Any) -> list[str]:
     """
     plain = {
         "score_function": ("softmax",), "renormalize": (True, False), "scaling_factor": (1.0,), "num_groups": (1,),
-        "sinkhorn": (False,), "weight_on_input": (False,), "activation": ("swiglu",), "shared_expert_gate": (False,),
+        "sinkhorn": (False,), "weight_on_input": (False,), "activation": ("swiglu",),
     }  # fmt: skip
     refused = []
     for field, values in (plain | allowed).items():

@@ -64,7 +64,7 @@ class MegatronGrouped(Layout):
         router = config.router
         refused = super().refusals(config) + routing_refusals(
             config, score_function=None, scaling_factor=None, num_groups=None, activation=None,
-            shared_expert_gate=(True, False), weight_on_input=(True, False) if config.top_k == 1 else (False,),
+            weight_on_input=(True, False) if config.top_k == 1 else (False,),
         )  # fmt: skip
         if router.score_function != "softmax":
             if not router.renormalize and config.top_k > 1:
