@@ -111,12 +111,17 @@ OTHER = {
 
 
 def test_the_table_has_every_field_of_the_host():
-    assert set(HOST_FIELDS) == set(ROWS)
+    assert set(HOST_FIELDS) <= set(ROWS)
+
+
+@host.before_0_18
+def test_the_table_has_no_other_field():
+    assert set(ROWS) <= set(HOST_FIELDS)
 
 
 @pytest.mark.parametrize("name", sorted(HOST_FIELDS))
 def test_defaults_are_the_hosts(name):
-    assert ROWS[name].default == HOST_FIELDS[name]
+    assert HOST_FIELDS[name] in (ROWS[name].default, *ROWS[name].harmless)
 
 
 @pytest.mark.parametrize("row", [r for r in megatron_core.FIELDS if not r.honoured], ids=lambda r: r.name)
@@ -139,6 +144,8 @@ def test_honoured_fields_are_shown_by_a_test():
     + [pytest.param(c, id=name) for name, c in OTHER.items()],
 )  # fmt: skip
 def test_as_the_hosts_layer(changes, parts_only):
+    if changes.get("moe_router_score_function") == "sqrtsoftplus" and host.before_0_18.args[0]:
+        pytest.skip("this megatron-core has no sqrtsoftplus")
     host_layer = host.host_layer(host.config(**changes))
     layer = host.our_layer(host.config(**changes), host_layer, parts_only)
     assert type(layer) is (host.MoELayer if parts_only else megatron_core.FastMoELayer)

@@ -34,6 +34,8 @@ def padding():
 @pytest.mark.parametrize("per_token", [False, True])
 def test_aux_loss_scale(kind, per_token):
     """The scale the schedules set, per-token losses, and with both the global loss over micro-batches."""
+    if kind == "seq_aux_loss" and per_token and host.before_0_18.args[0]:
+        pytest.skip("this megatron-core divides by the sequences twice")
     ours, theirs = pair(
         moe_router_load_balancing_type=kind, moe_aux_loss_coeff=0.5, moe_z_loss_coeff=0.1,
         calculate_per_token_loss=per_token,
@@ -194,6 +196,7 @@ def test_replay(changes):
         RouterReplay.global_router_replay_instances.clear()
 
 
+@host.before_0_18
 def test_metrics():
     """What the host logs of the losses, by layer."""
     logged = []

@@ -51,6 +51,7 @@ def test_module_spec_of_an_older_release():
     assert type(layer) is megatron_core.FastMoELayer and layer(host.hidden_states())[1] is None
 
 
+@host.before_0_18
 def test_submodules_and_mlp():
     submodules = get_gpt_layer_local_submodules(num_experts=host.EXPERTS)
     assert megatron_core.use_fastmoe_cpp(submodules).mlp.func is megatron_core.FastMoELayer
