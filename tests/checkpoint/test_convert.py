@@ -151,7 +151,7 @@ def test_a_target_that_exists_is_left_alone(tmp_path):
 
 
 def test_memory_is_that_of_an_expert(tmp_path):
-    """250 MB packed, as one layer and one file, through a process that may hold 24 MB beside what it starts with."""
+    """250 MB packed, as one layer and one file, through a process that may hold 40 MB beside what it starts with."""
     experts, hidden, inner = 32, 1024, 1280  # an expert's gate and up: 5.2 MB in bfloat16
     script = textwrap.dedent(
         f"""
@@ -196,7 +196,7 @@ def test_memory_is_that_of_an_expert(tmp_path):
     assert done.returncode == 0, done.stderr
     size, grown = map(int, done.stdout.split())
     assert size > 250_000_000
-    assert grown < 24_000_000, f"grew by {grown / 1e6:.0f} MB over a checkpoint of {size / 1e6:.0f} MB"
+    assert grown < 40_000_000, f"grew by {grown / 1e6:.0f} MB over a checkpoint of {size / 1e6:.0f} MB"
     found = make.read(tmp_path / "target")["layers.0.moe.experts.w2"]
     assert found.shape == (experts, hidden, inner) and bool((found == 1).all())
 
