@@ -35,11 +35,19 @@ def load_moe(
 
     The layer's configuration must compute what the checkpoint's does (``Checkpoint(path).moe`` gives one). Everything
     is read and checked before anything is copied: after a CheckpointError the layer is as it was. The other arguments
-    are Checkpoint's; a Checkpoint may be given instead of a path, for many layers.
+    are Checkpoint's; for many layers, a Checkpoint may be given instead of a path and of them.
     """
-    opened = path if isinstance(path, Checkpoint) else Checkpoint(
-        path, config=config, layout=layout, allow_pickle=allow_pickle, repair_shared_gate=repair_shared_gate, seed=seed
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "config": config,
+        "layout": layout,
+        "allow_pickle": allow_pickle,
+        "repair_shared_gate": repair_shared_gate,
+        "seed": seed,
+    }
+    given = [name for name, value in options.items() if value]
+    if isinstance(path, Checkpoint) and given:
+        raise ConfigError(f"{given[0]} belongs to a path and can't be given beside a Checkpoint that is open already")
+    opened = path if isinstance(path, Checkpoint) else Checkpoint(path, **options)
     try:
         if differ := families.differences(layer.config, opened.moe):
             raise ConfigError(

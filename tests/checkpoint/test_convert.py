@@ -335,6 +335,8 @@ def test_a_layer_of_another_configuration(tmp_path):
     layer = MoE(MoEConfig(make.H, make.F, make.E, 2, router=RouterConfig(score_function="sigmoid")))
     with pytest.raises(ConfigError, match="top_k = 2 .it has 4.*score_function = 'sigmoid' .it has 'softmax'"):
         load_moe(layer, source, 1)
+    with pytest.raises(ConfigError, match="repair_shared_gate belongs to a path"):
+        load_moe(MoE(moe), Checkpoint(source), 0, repair_shared_gate=True)
     with pytest.raises(MissingTensorError, match="layer 7 must be a MoE layer, the MoE layers are 0, 1"):
         load_moe(MoE(moe), source, 7)
 
