@@ -1,7 +1,7 @@
-"""Runs a script of Megatron-LM with MoE layers: ``python -m megatron_adapters pretrain_gpt.py --fmoefy ...``.
+"""Runs a host's script with our MoE layers: ``python -m megatron_adapters pretrain_gpt.py --fmoefy ...``.
 
-The adapter is that of the Megatron-LM found in the current folder, the script's or on the path; ``--host 2.5`` before
-the script names another.
+The adapter is that of the Megatron found in the current folder, the script's or on the path; ``--host 2.5`` before the
+script names another.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import runpy
 import sys
 from pathlib import Path
 
-from . import HOSTS, UnsupportedVersionError, get_adapter
+from . import UnsupportedVersionError, get_adapter
 
-USAGE = "usage: python -m megatron_adapters [--host 2.2|2.5|3.0.2] SCRIPT [ARGUMENTS OF THE SCRIPT]"
+USAGE = "usage: python -m megatron_adapters [--host 2.2|2.5|3.0.2|core|neox] SCRIPT [ARGUMENTS OF THE SCRIPT]"
 
 
 def main(argv: list[str]) -> None:
@@ -30,11 +30,7 @@ def main(argv: list[str]) -> None:
         adapter = get_adapter(version)
     except (UnsupportedVersionError, ImportError) as error:
         sys.exit(str(error))
-    install = getattr(adapter, "install", None)
-    if install is None:
-        known = ", ".join(name for name in HOSTS if name[0].isdigit())
-        sys.exit(f"scripts are run with MoE layers for Megatron-LM {known}, this is {adapter.__name__}: see its page")
-    install()
+    adapter.install()
     sys.argv = argv
     runpy.run_path(str(script), run_name="__main__")
 
