@@ -86,7 +86,7 @@ def test_doctor_fails_where_a_path_raises(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_unknown_commands_and_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, words in (
-        (["convert"], "invalid choice: 'convert'"),
+        (["distil"], "invalid choice: 'distil'"),
         (["doctor", "--all"], "unrecognized arguments"),
     ):
         with pytest.raises(SystemExit) as refused:
