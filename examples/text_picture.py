@@ -68,12 +68,10 @@ def _gaps(axes: Any, history: list[dict[str, Any]], settings: Settings) -> None:
     checked = settings.dtype == "fp32"
     if checked:
         end = min(AGREEMENT_STEPS, max(steps))
-        axes.hlines(AGREEMENT, 0, end, color="#b3202a", linewidth=2)
+        label = f"allowed over the first {end} steps: {AGREEMENT:g}"
+        axes.hlines(AGREEMENT, 0, end, color="#b3202a", linewidth=2, label=label)
         axes.axvspan(0, end, color="#b3202a", alpha=0.06, linewidth=0)
-        axes.annotate(
-            f"allowed over the first {end} steps: {AGREEMENT:g}", (0, AGREEMENT), xytext=(4, 5),
-            textcoords="offset points", color="#b3202a", fontsize=9,
-        )  # fmt: skip
+        axes.legend(loc="lower right", fontsize=9)
         axes.set_ylim(floor / 2, max(1e-2, 2 * max(gaps)))
     title = "How far apart the curves are"
     axes.set(xlabel="step", ylabel="|fastmoe_cpp - torch loop| / torch loop", title=title)

@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--stop-at", metavar="STEP", type=int, help="save and stop after this step, as Ctrl-C does")
     p.add_argument("--prompt", default="def ", help="what the sample starts with (default: 'def ')")
     p.add_argument("--sample-bytes", metavar="N", type=int, default=400, help="length of the sample (default: 400)")
-    p.add_argument("--temperature", type=float, default=0.7, help="of the sample (default: 0.7)")
+    p.add_argument("--temperature", type=float, default=1.0, help="of the sample (default: 1.0)")
     settings = p.add_argument_group("settings of the run (a resumed run has the checkpoint's)")
     for field in fields(Settings):
         default = getattr(DEFAULTS, field.name)
