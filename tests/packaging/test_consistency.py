@@ -12,6 +12,8 @@ from packaging_support import ROOT, run
 
 import fastmoe_cpp
 from fastmoe_cpp import __main__ as commands
+from fastmoe_cpp.checkpoint.layouts import LAYOUTS
+from megatron_adapters import HOSTS
 
 README = (ROOT / "README.md").read_text()
 
@@ -92,3 +94,23 @@ def test_ci_runs_everything() -> None:
     assert subprocess.run(["bash", "-n", ROOT / ".ci" / "run"]).returncode == 0
     for target in ("make lint", "make test 2", "make test-hosts", "make cuda"):
         assert target in script
+
+
+def test_hosts_that_documents_promise_are_served() -> None:
+    """Every adapter has its words and its page in the README, and every layout its row in the page of checkpoints."""
+    hosts = README[README.index("## In the programs people train with") : README.index("## Checkpoints")]
+    for name in HOSTS.values():
+        assert all(word in hosts for word in name.split()), name
+    pages = set(re.findall(r"\]\((docs/[\w./-]+)\)", README))
+    assert {str(page.relative_to(ROOT)) for page in (ROOT / "docs" / "hosts").iterdir()} <= pages
+    assert [page for page in pages if not (ROOT / page).is_file()] == []
+    versions = {path.stem for path in (ROOT / "requirements" / "hosts").iterdir()}
+    assert {"transformers-4", "torchtitan-0.2", "torchtitan-0.3", "megatron-core", "mergekit", "peft"} <= versions
+    layouts = (ROOT / "docs" / "checkpoints.md").read_text().split("## Layouts")[1].split("\n\n")[1]
+    rows = re.findall(r"^\| (`.*) \|", layouts, re.MULTILINE)
+    named = {name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[0])}
+    for row in rows:
+        if "_packed`" in row.split("|")[0] and "each also" in row.split("|")[0]:
+            plain = re.findall(r"`(\w+)`", row.split("|")[0].split("each also")[0])
+            named |= {f"{name}_packed" for name in plain}
+    assert named - {"_packed"} == set(LAYOUTS)
