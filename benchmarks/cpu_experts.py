@@ -225,8 +225,8 @@ def plot(rows: list[dict], title: str, path: Path) -> None:
         ax.set_xticks(range(len(mine)), [",".join(map(str, r["shape"])) for r in mine], rotation=35, ha="right")
         ax.set_ylabel(f"speed, {kind}\n(torch.mm of the experts = 1)")
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].set_title(title, fontsize=9)
-    axes[0, 0].legend(frameon=False, ncols=2, fontsize=8)
+    fig.suptitle(title, fontsize=9)
+    axes[0, 0].legend(frameon=False, ncols=4, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes[-1, 0].set_xlabel("tokens, hidden size, intermediate size, experts, experts a token")
     fig.savefig(path, dpi=150)
 

@@ -294,9 +294,9 @@ def plot(rows: list[dict], device: str, path: Path) -> None:
         ax.bar(at, [rate.get(s, 0) for s in shapes], 0.8 / len(peers), label=peer, color=color)
     ax.set_xticks(range(len(shapes)), shapes, rotation=30, ha="right")
     ax.set_ylabel("training step, TFLOP/s (kernel time)")
-    ax.set_title(f"MoE layer, forward and backward, {rows[0]['dtype']}, {device}, {date.today()}")
+    fig.suptitle(f"MoE layer, forward and backward, {rows[0]['dtype']}, {device}, {date.today()}", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, ncols=len(peers))
+    ax.legend(frameon=False, ncols=len(peers), loc="lower center", bbox_to_anchor=(0.5, 1.0))
     fig.savefig(path, dpi=150)
 
 
