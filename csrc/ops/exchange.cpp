@@ -39,18 +39,23 @@ std::string failure(std::string_view operation, int64_t rows, std::string_view c
 }
 
 // The collective is torch's functional one, called through the dispatcher: any backend of the group, and what traces or
-// replaces it sees it.
+// replaces it sees it. Called boxed: the type of group_name in its schema differs between releases of torch (str, Any).
+Tensor all_to_all(const Tensor& rows, c10::SymIntArrayRef recv_counts, c10::SymIntArrayRef send_counts,
+                  std::string_view group_name) {
+  auto& dispatcher = c10::Dispatcher::singleton();
+  static const auto all_to_all_single = dispatcher.findSchemaOrThrow("_c10d_functional::all_to_all_single", "");
+  static const auto wait_tensor = dispatcher.findSchemaOrThrow("_c10d_functional::wait_tensor", "");
+  torch::jit::Stack stack{rows, recv_counts, send_counts, std::string(group_name)};
+  all_to_all_single.callBoxed(stack);  // leaves the received rows, which are wait_tensor's argument
+  wait_tensor.callBoxed(stack);
+  return stack[0].toTensor();
+}
+
 Tensor exchange_rows(const Tensor& rows, c10::SymIntArrayRef send_counts, c10::SymIntArrayRef recv_counts,
                      std::string_view group_name, std::string_view operation, std::string_view caller) {
   check_exchange(rows, send_counts, recv_counts);
-  using AllToAll = Tensor(const Tensor&, c10::SymIntArrayRef, c10::SymIntArrayRef, std::string);
-  using Wait = Tensor(const Tensor&);
-  auto& dispatcher = c10::Dispatcher::singleton();
-  static const auto all_to_all =
-      dispatcher.findSchemaOrThrow("_c10d_functional::all_to_all_single", "").typed<AllToAll>();
-  static const auto wait = dispatcher.findSchemaOrThrow("_c10d_functional::wait_tensor", "").typed<Wait>();
   try {
-    return wait.call(all_to_all.call(rows.contiguous(), recv_counts, send_counts, std::string(group_name)));
+    return all_to_all(rows.contiguous(), recv_counts, send_counts, group_name);
   } catch (const c10::Error& error) {
     C10_THROW_ERROR(DistBackendError, failure(operation, rows.size(0), caller, error.what_without_backtrace()));
   } catch (const std::exception& error) {
