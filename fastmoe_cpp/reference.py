@@ -202,7 +202,9 @@ def gather(hidden_states: Tensor, slot_index: Tensor, token_slot: Tensor, expert
 def activate(pre_activation: Tensor, activation: str, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
     """The activation between the projections: [..., 2 * I] (gate half, then up half) to [..., I], or [..., I] ungated.
 
-    'clamped_swiglu' is gpt-oss's: gate at most limit, up within +-limit, gate * sigmoid(alpha * gate) * (up + 1).
+    'clamped_swiglu' is gpt-oss's: gate at most limit, up within +-limit, gate * sigmoid(alpha * gate) * (up + 1). What
+    is beyond a limit gets no gradient; what is exactly at one does, whatever torch.clamp gives there (1 in torch 2.11,
+    0 in 2.15).
     """
     ungated = {
         "silu": F.silu,
@@ -218,8 +220,9 @@ def activate(pre_activation: Tensor, activation: str, alpha: float = 1.702, limi
         raise ValueError(f"activation must be one of {known}, got {activation!r}")
     gate, up = pre_activation.chunk(2, dim=-1)
     if activation == "clamped_swiglu":
-        gate = gate.clamp(max=limit)
-        return gate * torch.sigmoid(alpha * gate) * (up.clamp(-limit, limit) + 1)
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up > limit, limit, torch.where(up < -limit, -limit, up))
+        return gate * torch.sigmoid(alpha * gate) * (up + 1)
     curve = {"swiglu": "silu", "geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}[activation]
     return ungated[curve](gate) * up
 

@@ -42,8 +42,10 @@ at::Tensor activate(const at::Tensor& pre_activation, const MoEOptions& o) {
   auto halves = pre_activation.chunk(2, -1);
   if (o.activation() != "clamped_swiglu") return curve(o.activation(), halves[0]) * halves[1];
   const double limit = o.activation_limit();
-  const auto gate = halves[0].clamp_max(limit);
-  return gate * at::sigmoid(gate * o.activation_alpha()) * (halves[1].clamp(-limit, limit) + 1);
+  // not clamp, whose gradient exactly at a limit differs between releases of torch
+  const auto gate = at::where(halves[0] > limit, limit, halves[0]);
+  const auto up = at::where(halves[1] > limit, limit, at::where(halves[1] < -limit, -limit, halves[1]));
+  return gate * at::sigmoid(gate * o.activation_alpha()) * (up + 1);
 }
 
 }  // namespace

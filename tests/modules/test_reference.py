@@ -254,6 +254,21 @@ def test_experts(activation, weight_on_input, bias, interleaved):
         np.testing.assert_allclose(output[t].numpy(), expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("gate,up,passes", [
+    (1.5, 0.5, (1, 1)), (0.5, 1.5, (1, 1)), (-1.5, -1.5, (1, 1)), (1.6, 0.5, (0, 1)), (0.5, 1.6, (1, 0)),
+    (0.5, -1.6, (1, 0)), (-1.6, 0.5, (1, 1)), (1.6, 1.6, (0, 0)),
+])  # fmt: skip
+def test_clamped_swiglu_has_a_gradient_at_its_limits_and_none_beyond(gate, up, passes):
+    x = torch.tensor([gate, up], dtype=torch.float64, requires_grad=True)
+    value = reference.activate(x, "clamped_swiglu", 1.3, 1.5)
+    (grad,) = torch.autograd.grad(value, x)
+    g, u = min(gate, 1.5), min(max(up, -1.5), 1.5)
+    sigmoid = 1 / (1 + math.exp(-1.3 * g))
+    assert value.item() == pytest.approx(g * sigmoid * (u + 1), rel=1e-12)
+    slope = sigmoid + 1.3 * g * sigmoid * (1 - sigmoid)
+    assert grad.tolist() == pytest.approx([passes[0] * slope * (u + 1), passes[1] * g * sigmoid], rel=1e-12)
+
+
 def test_activate_refuses_an_unknown_name():
     with pytest.raises(ValueError, match="activation must be one of 'swiglu', .*, got 'tanh'"):
         reference.activate(torch.zeros(2), "tanh")

@@ -163,7 +163,9 @@ def dispatch(ids: Tensor, experts: int, weights=None, capacity=None, policy="pos
 
 def activate(gate: Tensor, up: Tensor | None, name: str, alpha: float = 1.702, limit: float = 7.0) -> Tensor:
     if name == "clamped_swiglu":
-        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+        # not clamp, whose gradient exactly at a limit is 1 or 0 by torch's release: here it is 1
+        gate = torch.where(gate > limit, limit, gate)
+        up = torch.where(up.abs() > limit, limit * up.sign(), up)
         return gate * torch.sigmoid(alpha * gate) * (up + 1)
     curve = {
         "swiglu": F.silu,
