@@ -327,9 +327,7 @@ def test_linear(where):
     poison()
     output = ours(given, torch.tensor([2, 0, 4], device=where))
     assert_on_gpu(output)
-    assert_same(
-        here({"y": output} | gradients(ours, given, output)), {"y": expected} | gradients(linear, x, expected)
-    )
+    assert_same(here({"y": output} | gradients(ours, given, output)), {"y": expected} | gradients(linear, x, expected))
 
 
 def test_training_steps():
@@ -384,9 +382,7 @@ def test_pruning_and_the_native_module():
     ids = torch.randint(-1, E, (40, 2))
     allowed = torch.tensor([2, 1, 0, 30, 3])
     assert torch.equal(prune_by_count(ids.to(DEVICE), allowed.to(DEVICE)).cpu(), prune_by_count(ids, allowed))
-    for mine, theirs in zip(
-        limit_by_capacity(ids.to(DEVICE), E, 1, 4), limit_by_capacity(ids, E, 1, 4), strict=True
-    ):
+    for mine, theirs in zip(limit_by_capacity(ids.to(DEVICE), E, 1, 4), limit_by_capacity(ids, E, 1, 4), strict=True):
         assert torch.equal(mine.cpu(), theirs)
     results = []
     for device in ("cpu", DEVICE):
