@@ -66,7 +66,9 @@ def clipping_is_the_norm_of_everything(host: Host) -> None:
         shared = nn.Parameter(torch.zeros(7, device=host.device))
         shared.grad, shared.shared = torch.full_like(shared, 9.0), True
         expected = torch.linalg.vector_norm(gradients, norm_type)
-        found = host.adapter.grad_norm([*parameters, extra, shared, nn.Parameter(torch.zeros(1, device=host.device))], norm_type)
+        found = host.adapter.grad_norm(
+            [*parameters, extra, shared, nn.Parameter(torch.zeros(1, device=host.device))], norm_type
+        )
         close(found, expected, 1e-5)
     before = [p.grad.clone() for p in parameters]
     norm = host.module("optimizer.clip_grads").clip_grad_norm_fp32(parameters, 0.5)
