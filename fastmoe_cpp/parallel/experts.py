@@ -11,6 +11,8 @@ The counts are read on the host, once a pass: all_to_all_single takes its sizes 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,7 @@ from .. import experts as one_rank
 from .. import ops
 from ..outputs import DispatchPlan
 from .paths import Path
+from .symmetric import SymmetricMemory
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -52,7 +55,7 @@ class ParallelExperts:
     gradient_scale multiplies the gradients of the experts' parameters.
     """
 
-    def __init__(self, path: Path, rank: int, size: int, gradient_scale: float) -> None:
+    def __init__(self, path: Path | SymmetricMemory, rank: int, size: int, gradient_scale: float) -> None:
         self.path, self.rank, self.size, self.gradient_scale = path, rank, size, gradient_scale
 
     def __deepcopy__(self, memo: dict) -> ParallelExperts:
@@ -88,6 +91,9 @@ class ParallelExperts:
             # what the experts would do first, before it is sent
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         each = experts.config.num_experts // self.size
+        if isinstance(self.path, SymmetricMemory):
+            compute = functools.partial(self._experts, experts)
+            return self.path.apply(compute, hidden_states, topk_weights, plan, each)
         ids = experts_of_pairs(plan)
         ranks = torch.where(ids < 0, -1, ids // each)
         send_plan = ops.dispatch(ranks_of_tokens(ranks, self.size), self.size)
