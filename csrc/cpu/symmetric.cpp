@@ -74,19 +74,21 @@ std::tuple<Tensor, Tensor, Tensor> token_ranks(const Tensor& token_slot, const T
   auto* count = pairs.mutable_data_ptr<int32_t>();
   const int64_t experts = expert_offsets.size(0) - 1;
   for (int64_t t = 0; t < tokens; ++t) {
-    uint64_t mask = 0;
+    int32_t* const first = out + t * most;
+    int32_t* last = first;
     for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {
       id[i] = -1;
       if (slots[i] < 0) continue;
       TORCH_CHECK_VALUE(slots[i] < offsets[experts], "token_slot must be below ", offsets[experts], ", got ", slots[i]);
       id[i] = static_cast<int32_t>(std::upper_bound(offsets, offsets + experts + 1, slots[i]) - offsets) - 1;
-      mask |= uint64_t{1} << id[i] / each;
-      ++count[id[i] / each];
+      const auto rank = static_cast<int32_t>(id[i] / each);
+      ++count[rank];
+      int32_t* const at = std::lower_bound(first, last, rank);
+      if (at < last && *at == rank) continue;
+      std::copy_backward(at, last, last + 1);
+      *at = rank, ++last;
     }
-    for (int64_t j = 0; j < most; ++j) {
-      out[t * most + j] = mask ? __builtin_ctzll(mask) : -1;
-      mask &= mask - 1;
-    }
+    std::fill(last, first + most, -1);
   }
   return {ids, to, pairs};
 }

@@ -14,6 +14,7 @@ using symmetric::kMaxRanks;
 using symmetric::kPairsAt;
 using symmetric::kRowBytesAt;
 
+constexpr int kMaxExperts = 1024;
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kInFlight = 8;  // 16-byte accesses of a lane
@@ -34,13 +35,14 @@ __device__ __forceinline__ char* half_of(const SymmetricGroup& g, int rank, unsi
 }
 
 __global__ void __launch_bounds__(kThreads) token_ranks_kernel(const TokenRanksParams p) {
-  __shared__ int count[kMaxRanks];
+  __shared__ int count[kMaxExperts];
   for (int r = threadIdx.x; r < p.ranks; r += kThreads) count[r] = 0;
   __syncthreads();
   const int64_t t = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int most = min(p.top_k, p.ranks);
   if (t < p.tokens) {
-    unsigned long long mask = 0;
+    int32_t* const to = p.to + t * most;
+    int found = 0;
     for (int64_t i = t * p.top_k; i < (t + 1) * p.top_k; ++i) {
       const int slot = p.token_slot[i];
       int id = -1;
@@ -54,15 +56,18 @@ __global__ void __launch_bounds__(kThreads) token_ranks_kernel(const TokenRanksP
             high = middle;
         }
         id = low;
-        mask |= 1ull << id / p.each;
-        atomicAdd(count + id / p.each, 1);
+        const int rank = id / p.each;
+        atomicAdd(count + rank, 1);
+        int at = found;
+        while (at > 0 && to[at - 1] > rank) --at;
+        if (at == 0 || to[at - 1] != rank) {
+          for (int j = found++; j > at; --j) to[j] = to[j - 1];
+          to[at] = rank;
+        }
       }
       p.ids[i] = id;
     }
-    for (int j = 0; j < most; ++j) {
-      p.to[t * most + j] = __ffsll(static_cast<long long>(mask)) - 1;
-      mask &= mask - 1;
-    }
+    while (found < most) to[found++] = -1;
   }
   __syncthreads();
   for (int r = threadIdx.x; r < p.ranks; r += kThreads)

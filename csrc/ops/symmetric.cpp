@@ -100,8 +100,8 @@ void check_token_ranks(const Tensor& token_slot, const Tensor& expert_offsets, i
   const Arg slots{token_slot, "token_slot"};
   ints(slots, 2, "[T, K]", slots);
   ints({expert_offsets, "expert_offsets"}, 1, "[E + 1]", slots);
-  TORCH_CHECK_VALUE(each >= 1 && 1 <= ranks && ranks <= kMaxRanks, "ranks must be between 1 and ", kMaxRanks, ", got ",
-                    ranks);
+  TORCH_CHECK_VALUE(each >= 1 && 1 <= ranks && ranks <= kMaxExperts, "ranks must be between 1 and ", kMaxExperts,
+                    ", got ", ranks);
   size_is({expert_offsets, "expert_offsets"}, 0, each * ranks + 1, "[E + 1] for `ranks` ranks of `each` experts");
 }
 

@@ -12,9 +12,9 @@ The counts are read on the host, once a pass: all_to_all_single takes its sizes 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -34,19 +34,6 @@ class _ScaleGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         return grad * ctx.scale, None
-
-
-def experts_of_pairs(plan: DispatchPlan) -> Tensor:
-    """[T, K] int64: the expert that serves each pair, -1 where the pair is dropped."""
-    return torch.searchsorted(plan.expert_offsets, plan.token_slot, right=True) - 1
-
-
-def ranks_of_tokens(ranks: Tensor, size: int) -> Tensor:
-    """Ranks of pairs [T, K] (-1 for none) to the distinct ranks of each token [T, min(K, size)], ascending, then -1."""
-    ranks = torch.where(ranks < 0, size, ranks).sort(dim=1).values
-    again = F.pad(ranks[:, 1:] == ranks[:, :-1], (1, 0))
-    ranks = ranks.masked_fill(again, size).sort(dim=1).values[:, : min(ranks.shape[1], size)]
-    return ranks.masked_fill(ranks == size, -1)
 
 
 class ParallelExperts:
@@ -80,62 +67,65 @@ class ParallelExperts:
     # traced, every pass's counts would be constants of a graph of its own
     @torch.compiler.disable
     def __call__(
-        self, experts: one_rank.Experts, hidden_states: Tensor, topk_weights: Tensor, plan: DispatchPlan
+        self,
+        experts: one_rank.Experts,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        plan: DispatchPlan,
+        beside: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Experts.forward: [T, H] of this rank's hidden_states [T, H] and topk_weights [T, K]. A collective."""
+        """Experts.forward: [T, H] of this rank's hidden_states [T, H] and topk_weights [T, K]. A collective.
+
+        beside(hidden_states) [T, H] is added to it: computed while the sums are on their way, and its backward while
+        their gradients are, where the path can go on meanwhile.
+        """
         tokens, top_k = plan.token_slot.shape
         if tokens * top_k != plan.slot_index.numel():
             raise ValueError(f"plan must have {tokens * top_k} slots, got {plan.slot_index.numel()}")
-        device = hidden_states.device.type
+        given, device = hidden_states, hidden_states.device.type
         if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:
             # what the experts would do first, before it is sent
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         each = experts.config.num_experts // self.size
         if isinstance(self.path, SymmetricMemory):
             compute = functools.partial(self._experts, experts)
-            return self.path.apply(compute, hidden_states, topk_weights, plan, each)
-        ids = experts_of_pairs(plan)
-        ranks = torch.where(ids < 0, -1, ids // each)
-        send_plan = ops.dispatch(ranks_of_tokens(ranks, self.size), self.size)
-        send, recv, width, pairs = self._counts(ranks, send_plan.tokens_per_expert)
+            output = self.path.apply(compute, hidden_states, topk_weights, plan, each)
+            return output if beside is None else output + beside(given)
+        ids, ranks, pairs = torch.ops.fastmoe_cpp_symmetric.token_ranks(
+            plan.token_slot, plan.expert_offsets, each, self.size
+        )
+        send_plan = ops.dispatch(ranks, self.size)
+        send, recv, received_pairs = self._counts(send_plan.tokens_per_expert, pairs)
         send_plan = send_plan._replace(slot_index=send_plan.slot_index[: sum(send)])
 
         # ids below 1,024 are exact in float32
         choices = torch.cat([topk_weights, ids.to(topk_weights.dtype)], dim=1)
         choices = self._dispatch(choices, send_plan, send, recv, "expert-parallel dispatch of weights")
         rows = self._dispatch(hidden_states, send_plan, send, recv, "expert-parallel dispatch")
-        weights, local_ids = self._own(choices, top_k, each, width)
-        plan = ops.dispatch(local_ids, each)
-        # only so many of a row's `width` places are taken
-        rows = self._experts(experts, rows, weights, plan._replace(slot_index=plan.slot_index[:pairs]))
-        rows = self.path.rows(rows, recv, send, "expert-parallel combine")
-        return ops.combine(rows, None, send_plan)
+        plan = ops.dispatch(self._own(choices[:, top_k:].detach(), each), each)
+        # only so many of the rows' K places are taken here
+        plan = plan._replace(slot_index=plan.slot_index[:received_pairs])
+        rows = self._experts(experts, rows, choices[:, :top_k], plan)
+        if beside is None:
+            return ops.combine(self.path.rows(rows, recv, send, "expert-parallel combine"), None, send_plan)
+        arrive = self.path.begin(rows, recv, send, "expert-parallel combine")
+        shared = beside(given)
+        return ops.combine(arrive(), None, send_plan) + shared
 
-    def _counts(self, ranks: Tensor, rows_to: Tensor) -> tuple[list[int], list[int], int, int]:
-        """Rows to and from every rank; of the latter's experts here, the most that one row has, and those of all."""
-        together = (ranks[:, :, None] == ranks[:, None, :]).sum(dim=-1).masked_fill(ranks < 0, 0)
-        widest = torch.zeros_like(rows_to).scatter_reduce_(
-            0, ranks.clamp(min=0).flatten(), together.flatten(), "amax", include_self=True
-        )
-        pairs = torch.zeros_like(rows_to).scatter_add_(0, ranks.clamp(min=0).flatten(), (ranks >= 0).flatten().long())
-        sent = torch.stack([rows_to, widest, pairs], dim=1)
+    def _counts(self, rows_to: Tensor, pairs_to: Tensor) -> tuple[list[int], list[int], int]:
+        """Rows to every rank, rows from every rank, and all pairs of token and expert among the latter."""
+        sent = torch.stack([rows_to, pairs_to], dim=1)
         received = self.path.counts(sent, "expert-parallel counts")
-        on_host = torch.stack([sent, received]).tolist()
-        send, recv = ([rows for rows, *_ in side] for side in on_host)
-        _, widths, pairs_from = zip(*on_host[1], strict=True)
-        return send, recv, max(1, *widths), sum(pairs_from)
+        (send, _), (recv, pairs) = torch.stack([sent, received]).transpose(1, 2).tolist()
+        return send, recv, sum(pairs)
 
     def _dispatch(self, x: Tensor, plan: DispatchPlan, send: list[int], recv: list[int], operation: str) -> Tensor:
         return self.path.rows(ops.gather(x, plan), send, recv, operation)
 
-    def _own(self, choices: Tensor, top_k: int, each: int, width: int) -> tuple[Tensor, Tensor]:
-        """Weights and local ids [R, width] of the choices [R, 2 * K] that fall on this rank, in order of k; then -1."""
-        weights, ids = choices[:, :top_k], choices[:, top_k:].detach().long() - self.rank * each
-        ids = ids.masked_fill((ids < 0) | (ids >= each), -1)
-        if width < top_k:
-            order = (ids < 0).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
-            weights, ids = weights.gather(1, order), ids.gather(1, order)
-        return weights, ids
+    def _own(self, ids: Tensor, each: int) -> Tensor:
+        """Ids of received rows [R, K] as those of this rank's experts, -1 for other ranks'."""
+        ids = ids.int() - self.rank * each
+        return ids.masked_fill((ids < 0) | (ids >= each), -1)
 
     def _experts(self, experts: one_rank.Experts, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
         c = experts.config

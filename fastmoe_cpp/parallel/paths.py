@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -9,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from . import symmetric
-from .exchange import all_to_all_rows, exchange_counts
+from .exchange import all_to_all_rows, begin_rows, exchange_counts
 from .symmetric import Needs, SymmetricMemory
 
 
@@ -30,6 +31,12 @@ class Path(Protocol):
         """Differentiable, as all_to_all_rows."""
         ...
 
+    def begin(
+        self, rows: Tensor, send_counts: list[int], recv_counts: list[int], operation: str
+    ) -> Callable[[], Tensor]:
+        """rows, but the caller goes on: the result waits, and returns them. Called once."""
+        ...
+
 
 class AllToAllSingle:
     """torch.distributed's all_to_all_single: any backend that has it (gloo, NCCL, MPI), on the CPU and on GPUs."""
@@ -44,6 +51,11 @@ class AllToAllSingle:
 
     def rows(self, rows: Tensor, send_counts: list[int], recv_counts: list[int], operation: str) -> Tensor:
         return all_to_all_rows(rows, send_counts, recv_counts, self.group, operation=operation)
+
+    def begin(
+        self, rows: Tensor, send_counts: list[int], recv_counts: list[int], operation: str
+    ) -> Callable[[], Tensor]:
+        return begin_rows(rows, send_counts, recv_counts, self.group, operation)
 
 
 PATHS = (AllToAllSingle.name, SymmetricMemory.name)

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from support.ranks import RankFailed, device, run_ranks
 from torch.utils.checkpoint import checkpoint
 
 from distributed.layers import batch, ep_mesh, full, near, pair
-from fastmoe_cpp.parallel import average_gradients
+from fastmoe_cpp.parallel import average_gradients, exchange
 from fastmoe_cpp.recompute import routing_saved
 
 RANKS = 4
@@ -64,12 +65,59 @@ def test_a_token_goes_once_to_a_rank_and_the_collectives_do_not_depend_on_data(r
     h, k = 16, 3
     assert sequences == {
         (
-            ("expert-parallel counts", (3,)),
+            ("expert-parallel counts", (2,)),
             ("expert-parallel dispatch of weights", (2 * k,)),
             ("expert-parallel dispatch", (h,)),
             ("expert-parallel combine", (h,)),
         )
     }
+
+
+def overlapped(rank):
+    """What happens between the start of an exchange and the wait for it, forward and backward, and the same bits."""
+    mesh = ep_mesh(2)
+    c = config({"renormalize": False}, shared_intermediate_size=6, shared_expert_gate=True)
+    _, spread = pair(c, mesh)
+    x = batch([5, 2], 16)[rank].requires_grad_()
+    path, seen = spread.experts.parallel.path, []
+
+    def said(name):
+        def hook(*_):
+            seen.append(name)
+
+        return hook
+
+    shared = spread.shared_experts
+    shared.register_forward_pre_hook(said("shared"))
+    shared.register_full_backward_pre_hook(said("shared backward"))
+    calls = torch.ops._c10d_functional
+    begin, end = calls.all_to_all_single, calls.wait_tensor
+
+    def step():
+        y = spread(x)
+        y.square().sum().backward()
+        grads = [y.detach(), x.grad.clone(), *(full(p.grad).clone() for p in spread.parameters())]
+        x.grad = None
+        spread.zero_grad()
+        return grads
+
+    exchange._collectives = types.SimpleNamespace(
+        all_to_all_single=lambda *a: (seen.append("begin"), begin(*a))[1],
+        wait_tensor=lambda *a: (seen.append("end"), end(*a))[1],
+    )
+    try:
+        apart = step()
+    finally:
+        exchange._collectives = calls
+    # counts, then the combine around the shared experts; the gradients' exchange around their backward
+    assert seen == ["begin", "end", "begin", "shared", "end", "begin", "shared backward", "end"], seen
+    path.begin = lambda *a: (lambda rows: lambda: rows)(path.rows(*a))
+    for a, b in zip(step(), apart, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_shared_experts_hide_an_exchange(backend):
+    run_ranks(overlapped, 2, backend=backend)
 
 
 def dies_in_the_exchange(rank):
