@@ -49,6 +49,9 @@ class Memory(NamedTuple):
 def _gpu_memory(group: dist.ProcessGroup, device: torch.device, size: int) -> Memory:
     from torch.distributed import _symmetric_memory as symmetric
 
+    if group.size() == 1:
+        own = torch.zeros(size, dtype=torch.uint8, device=device)
+        return Memory(own, [own.data_ptr()], None)
     own = symmetric._SymmetricMemory.empty_strided_p2p((size,), (1,), torch.uint8, device)
     own[:_CONTROL_BYTES].zero_()
     # no rank may raise a flag here before it is cleared: the handshake below comes after
