@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import main_grad, ops
 from .config import MoEConfig
 from .outputs import DispatchPlan
 from .reference import activate
@@ -69,7 +69,8 @@ class Experts(nn.Module):
         if self.parallel is not None:
             return self.parallel(self, hidden_states, topk_weights, plan, beside)
         c = self.config
-        output = ops.experts(
+        experts = main_grad.experts if c.gradient_accumulation_fusion else ops.experts
+        output = experts(
             hidden_states,
             self.gate_up_proj,
             self.down_proj,

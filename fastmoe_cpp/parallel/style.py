@@ -79,6 +79,11 @@ class ExpertParallel(ParallelStyle):
             raise ValueError("ExpertParallel must be applied to a layer once, and this one has it already")
         if any(isinstance(p, DTensor) for p in module.parameters()):
             raise ValueError("ExpertParallel must be applied before fully_shard, and this layer holds DTensors already")
+        if module.config.gradient_accumulation_fusion:
+            raise ValueError(
+                "ExpertParallel shards weights as DTensors, which have no main_grad: gradient_accumulation_fusion must "
+                "be False, got True"
+            )
         size, experts = group.size(), module.config.num_experts
         if experts % size:
             raise ValueError(f"ExpertParallel needs a number of ranks that divides num_experts = {experts}, got {size}")
