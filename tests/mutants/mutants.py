@@ -62,17 +62,24 @@ MUTANTS = (
     Mutant(
         "gradient_of_an_idle_expert_unwritten",
         CPU + "experts_backward.cpp",
-        "  if (first == last) {\n"
+        "    if (adds) return;\n"
         "    for (int64_t r = 0; r < m; ++r) std::fill_n(out + r * stride, n, T(0));\n    return;",
-        "  if (first == last) {\n    return;",
+        "    return;",
         f"{POISON} -k forward_and_backward",
     ),
     Mutant(
         "long_experts_keep_their_last_rows_only",
         CPU + "experts_backward.cpp",
-        "      multiply<T, A>(scratch, m, n, block.rows(), gathered.t(), by_slot, sum, s > first);",
+        "      multiply<T, A>(scratch, m, n, block.rows(), gathered.t(), by_slot, sum, adds || s > first);",
         "      multiply<T, A>(scratch, m, n, block.rows(), gathered.t(), by_slot, sum, false);",
         f"{EXPERTS} -k 'against_oracle or many_rows'",
+    ),
+    Mutant(
+        "buffer_of_the_gate_and_up_gradient_overwritten",
+        CPU + "experts_backward.cpp",
+        "by_slot, sum.t(), adds || s > first);",
+        "by_slot, sum.t(), s > first);",
+        "tests/modules/test_main_grad.py -k micro_batches",
     ),
     Mutant(
         "routing_gradient_of_the_last_columns_only",
