@@ -42,11 +42,12 @@ SHAPES = {"qwen3-30b": (2048, 768, 128, 8), "deepseek-v3": (7168, 2048, 256, 8)}
 MIB = 2**20
 ROW = 2048
 BOUNDED = "symmetric_memory, bounded"
+CHUNKED = "all_to_all_single, 2 chunks"
 
 
 def style_of(path: str, tokens: int, ranks: int) -> ExpertParallel:
-    if path == AllToAllSingle.name:
-        return ExpertParallel(path=path)
+    if path in (AllToAllSingle.name, CHUNKED):
+        return ExpertParallel(path=AllToAllSingle.name, chunks=2 if path == CHUNKED else 1)
     return ExpertParallel(
         path=SymmetricMemory.name, max_tokens=tokens, max_rows=tokens * ranks if path == BOUNDED else None
     )
@@ -152,7 +153,8 @@ def throughput(ranks: Ranks, name: str, shape: tuple[int, ...], tokens: int, arg
         return (drawn * 0.5).to(args.dtype)
 
     x, grad, rows = normal().requires_grad_(), normal(), []
-    for path in ["one rank", *args.paths]:
+    chunked = [CHUNKED] if AllToAllSingle.name in args.paths else []
+    for path in ["one rank", *args.paths, *chunked]:
         free()
         torch.manual_seed(0)
         layer = nn.ModuleDict({"moe": MoE(config, device=ranks.device, dtype=args.dtype)})

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,21 +37,38 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
+@dataclass
+class _Chunk:
+    """Some of the tokens: their rows [t, H], choices [t, 2 * K] and the plan by ranks; counts there and back."""
+
+    rows: Tensor
+    choices: Tensor
+    plan: DispatchPlan
+    there: tuple[list[int], list[int]] = ([], [])
+    back: tuple[list[int], list[int]] = ([], [])
+    pairs: int = 0  #: of token and expert, that the other ranks send here
+
+
 class ParallelExperts:
     """Computes an Experts module whose parameters are sharded by expert over the `size` ranks of a path's group.
 
-    gradient_scale multiplies the gradients of the experts' parameters.
+    gradient_scale multiplies the gradients of the experts' parameters. Tokens go in `chunks` parts, of which one is
+    computed while another travels.
     """
 
-    def __init__(self, path: Path | SymmetricMemory, rank: int, size: int, gradient_scale: float) -> None:
+    def __init__(
+        self, path: Path | SymmetricMemory, rank: int, size: int, gradient_scale: float, chunks: int = 1
+    ) -> None:
         self.path, self.rank, self.size, self.gradient_scale = path, rank, size, gradient_scale
+        self.chunks = chunks
 
     def __deepcopy__(self, memo: dict) -> ParallelExperts:
         # the group belongs to the process, not to the module
         return self
 
     def __repr__(self) -> str:
-        return f"expert_parallel=rank {self.rank} of {self.size} by {self.path.name}"
+        chunks = f" in {self.chunks} chunks" if self.chunks > 1 else ""
+        return f"expert_parallel=rank {self.rank} of {self.size} by {self.path.name}{chunks}"
 
     def draw(self, weight: Tensor, std: float) -> None:
         """Draws a weight from a normal distribution, other numbers for every rank's part of it."""
@@ -91,36 +109,53 @@ class ParallelExperts:
             compute = functools.partial(self._experts, experts)
             output = self.path.apply(compute, hidden_states, topk_weights, plan, each)
             return output if beside is None else output + beside(given)
-        ids, ranks, pairs = torch.ops.fastmoe_cpp_symmetric.token_ranks(
-            plan.token_slot, plan.expert_offsets, each, self.size
-        )
-        send_plan = ops.dispatch(ranks, self.size)
-        send, recv, received_pairs = self._counts(send_plan.tokens_per_expert, pairs)
-        send_plan = send_plan._replace(slot_index=send_plan.slot_index[: sum(send)])
+        chunks = self._chunks(hidden_states, topk_weights, plan, each)
+        alone = len(chunks) == 1 and beside is None
+        go = self._at_once if alone else self.path.begin
+        coming = []
+        for chunk in chunks:
+            choices, rows = (ops.gather(x, chunk.plan) for x in (chunk.choices, chunk.rows))
+            wait_for_choices = go(choices, *chunk.there, "expert-parallel dispatch of weights")
+            coming.append((wait_for_choices, go(rows, *chunk.there, "expert-parallel dispatch")))
+        returning = []
+        for chunk, (wait_for_choices, wait_for_rows) in zip(chunks, coming, strict=True):
+            choices, rows = wait_for_choices(), wait_for_rows()
+            plan = ops.dispatch(self._own(choices[:, top_k:].detach(), each), each)
+            # only so many of the rows' K places are taken here
+            plan = plan._replace(slot_index=plan.slot_index[: chunk.pairs])
+            rows = self._experts(experts, rows, choices[:, :top_k], plan)
+            returning.append(go(rows, *chunk.back, "expert-parallel combine"))
+        shared = None if beside is None else beside(given)
+        outputs = [ops.combine(wait(), None, chunk.plan) for chunk, wait in zip(chunks, returning, strict=True)]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output if shared is None else output + shared
 
-        # ids below 1,024 are exact in float32
-        choices = torch.cat([topk_weights, ids.to(topk_weights.dtype)], dim=1)
-        choices = self._dispatch(choices, send_plan, send, recv, "expert-parallel dispatch of weights")
-        rows = self._dispatch(hidden_states, send_plan, send, recv, "expert-parallel dispatch")
-        plan = ops.dispatch(self._own(choices[:, top_k:].detach(), each), each)
-        # only so many of the rows' K places are taken here
-        plan = plan._replace(slot_index=plan.slot_index[:received_pairs])
-        rows = self._experts(experts, rows, choices[:, :top_k], plan)
-        if beside is None:
-            return ops.combine(self.path.rows(rows, recv, send, "expert-parallel combine"), None, send_plan)
-        arrive = self.path.begin(rows, recv, send, "expert-parallel combine")
-        shared = beside(given)
-        return ops.combine(arrive(), None, send_plan) + shared
+    def _chunks(self, hidden_states: Tensor, topk_weights: Tensor, plan: DispatchPlan, each: int) -> list[_Chunk]:
+        """The tokens in consecutive parts of nearly equal size, as many parts on every rank. A collective."""
+        tokens = hidden_states.shape[0]
+        starts = [tokens * i // self.chunks for i in range(self.chunks + 1)]
+        chunks, sent = [], []
+        for first, last in zip(starts, starts[1:], strict=False):
+            ids, ranks, pairs = torch.ops.fastmoe_cpp_symmetric.token_ranks(
+                plan.token_slot[first:last], plan.expert_offsets, each, self.size
+            )
+            # ids below 1,024 are exact in float32
+            choices = torch.cat([topk_weights[first:last], ids.to(topk_weights.dtype)], dim=1)
+            chunks.append(_Chunk(hidden_states[first:last], choices, ops.dispatch(ranks, self.size)))
+            sent.append(torch.stack([chunks[-1].plan.tokens_per_expert, pairs], dim=1))
+        counts = torch.stack(sent, dim=1)
+        received = self.path.counts(counts, "expert-parallel counts")
+        # [chunks, 2 counts, 2 ways, W]
+        for chunk, ((send, recv), (_, pairs)) in zip(
+            chunks, torch.stack([counts, received]).permute(2, 3, 0, 1).tolist(), strict=True
+        ):
+            chunk.there, chunk.back, chunk.pairs = (send, recv), (recv, send), sum(pairs)
+            chunk.plan = chunk.plan._replace(slot_index=chunk.plan.slot_index[: sum(send)])
+        return chunks
 
-    def _counts(self, rows_to: Tensor, pairs_to: Tensor) -> tuple[list[int], list[int], int]:
-        """Rows to every rank, rows from every rank, and all pairs of token and expert among the latter."""
-        sent = torch.stack([rows_to, pairs_to], dim=1)
-        received = self.path.counts(sent, "expert-parallel counts")
-        (send, _), (recv, pairs) = torch.stack([sent, received]).transpose(1, 2).tolist()
-        return send, recv, sum(pairs)
-
-    def _dispatch(self, x: Tensor, plan: DispatchPlan, send: list[int], recv: list[int], operation: str) -> Tensor:
-        return self.path.rows(ops.gather(x, plan), send, recv, operation)
+    def _at_once(self, rows: Tensor, send: list[int], recv: list[int], operation: str) -> Callable[[], Tensor]:
+        received = self.path.rows(rows, send, recv, operation)
+        return lambda: received
 
     def _own(self, ids: Tensor, each: int) -> Tensor:
         """Ids of received rows [R, K] as those of this rank's experts, -1 for other ranks'."""

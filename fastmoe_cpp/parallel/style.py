@@ -40,6 +40,9 @@ class ExpertParallel(ParallelStyle):
     tensors then have max_rows rows, however many come, and more than that are an error (see SymmetricMemory). No more
     can come than max_tokens * (number of ranks).
 
+    chunks: of all_to_all_single, the parts in which a call's tokens go, so that one is computed while another travels.
+    The weight gradients of the parts are added up: the same sums in another order.
+
     A capacity is counted over each rank's own tokens. Raises ValueError, the same on every rank, where the layers'
     sizes, settings or dtypes differ between ranks, or where the ranks don't divide the experts.
     """
@@ -52,15 +55,20 @@ class ExpertParallel(ParallelStyle):
         path: str = "auto",
         max_tokens: int | None = None,
         max_rows: int | None = None,
+        chunks: int = 1,
     ) -> None:
         super().__init__()
         if gradient not in GRADIENTS:
             raise ValueError(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}, got {gradient!r}")
         check_path(path, max_tokens, max_rows)
+        if isinstance(chunks, bool) or not isinstance(chunks, int) or chunks < 1:
+            raise ValueError(f"chunks must be an integer of at least 1, got {chunks!r}")
+        if chunks > 1 and max_tokens is not None:
+            raise ValueError(f"chunks must be 1 with max_tokens, for symmetric memory has none, got {chunks}")
         if balance_group is not None:
             resolve(balance_group)
         self.gradient, self.balance_group, self.path = gradient, balance_group, path
-        self.max_tokens, self.max_rows = max_tokens, max_rows
+        self.max_tokens, self.max_rows, self.chunks = max_tokens, max_rows, chunks
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if device_mesh.ndim != 1:
@@ -71,7 +79,7 @@ class ExpertParallel(ParallelStyle):
             facts |= facts_of(module.config)
             facts |= {f"{name}'s dtype": str(p.dtype) for name, p in module.named_parameters()}
             facts |= {"gradient": self.gradient, "path": self.path, "training": module.training}
-            facts |= {"max_tokens": self.max_tokens, "max_rows": self.max_rows}
+            facts |= {"max_tokens": self.max_tokens, "max_rows": self.max_rows, "chunks": self.chunks}
         check_agreement("ExpertParallel", facts, group)
         if not isinstance(module, MoE):
             raise ValueError(f"ExpertParallel parallelizes fastmoe_cpp.MoE layers, got {type(module).__name__}")
@@ -101,7 +109,7 @@ class ExpertParallel(ParallelStyle):
                     whole = distribute_tensor(parameter.detach(), device_mesh, [Replicate()], src_data_rank=source)
                     parameter.data.copy_(whole.to_local())
         scale = 1.0 / size if self.gradient == "mean" else 1.0
-        module.experts.parallel = ParallelExperts(path, group.rank(), size, scale)
+        module.experts.parallel = ParallelExperts(path, group.rank(), size, scale, self.chunks)
         if self.balance_group is not None or module.balance_group is None:
             module.balance_group = self.balance_group or group
         return module

@@ -223,6 +223,8 @@ def test_the_style_refuses_what_it_does_not_know():
         ({"path": "symmetric_memory"}, "max_tokens must be given for symmetric memory"),
         ({"max_rows": 4}, "max_tokens must be given for symmetric memory"),
         ({"path": "all_to_all_single", "max_tokens": 4}, "max_tokens must be None for path 'all_to_all_single'"),
+        ({"chunks": 0}, "chunks must be an integer of at least 1, got 0"),
+        ({"chunks": 2, "max_tokens": 8}, "chunks must be 1 with max_tokens, for symmetric memory has none, got 2"),
         ({"max_tokens": 0}, "max_tokens must be an integer of at least 1 or None, got 0"),
         ({"max_tokens": 8, "max_rows": 2.5}, "max_rows must be an integer of at least 1 or None, got 2.5"),
     ):
