@@ -24,7 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from mutants import MUTANTS, Mutant, check_applies  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("csrc", "fastmoe_cpp", "tests", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+COPIED = (
+    "csrc", "fastmoe_cpp", "megatron_adapters", "examples", "tests",
+    "setup.py", "pyproject.toml", "README.md", "LICENSE",
+)  # fmt: skip
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.so", "_build.py", "include", "share")
 
 
