@@ -19,6 +19,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from megatron.core import dist_checkpointing, parallel_state
     from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias, reset_model_temporary_tensors
     from megatron.core.models.backends import LocalSpecProvider
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -46,6 +47,8 @@ with warnings.catch_warnings():
 
 __all__ = [
     "CudaRNGStatesTracker",
+    "DistributedDataParallel",
+    "DistributedDataParallelConfig",
     "GPTModel",
     "LocalSpecProvider",
     "MoEAuxLossAutoScaler",
