@@ -61,7 +61,11 @@ def check(inputs, dtype, *, recompute=False, **options):
     eager, eager_grads = oracle_run(inputs, dtype, cotangent, **options)
     poison()
     out, grads = run(inputs, cotangent, recompute=recompute, **options)
-    tolerance.close(out, truth, eager, what="output")
+    magnitude = 0.0
+    if truth.numel() < tolerance.FEW:  # eager torch's error is a matter of luck: the size of the terms is the measure
+        unsigned = inputs | {"down_proj": inputs["down_proj"].abs()}
+        magnitude = float(oracle_run(unsigned, torch.float64, cotangent, **options)[0].abs().max())
+    tolerance.close(out, truth, eager, what="output", magnitude=magnitude)
     for name, grad in grads.items():
         tolerance.close(
             grad, true_grads[name], eager_grads[name], factor=tolerance.BACKWARD, of=dtype, what=f"gradient of {name}"

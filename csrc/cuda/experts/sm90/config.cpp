@@ -5,7 +5,7 @@
 namespace fastmoe_cpp::cuda::sm90 {
 
 #ifdef FASTMOE_SM90_TUNE
-int forced_tiling = -1;
+int forced_tiling[6] = {-1, -1, -1, -1, -1, -1};
 #endif
 
 namespace {
@@ -17,7 +17,7 @@ int64_t rows_an_expert(const ExpertShape& shape) {
 
 Tiling choose(Product product, const ExpertShape& shape) {
 #ifdef FASTMOE_SM90_TUNE
-  if (forced_tiling >= 0 && product != Product::act_grad) return static_cast<Tiling>(forced_tiling);
+  if (const int forced = forced_tiling[static_cast<int>(product)]; forced >= 0) return static_cast<Tiling>(forced);
 #endif
   switch (product) {
     case Product::up: return rows_an_expert(shape) <= 32 ? Tiling::narrow : Tiling::cooperative;

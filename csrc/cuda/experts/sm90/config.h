@@ -24,7 +24,7 @@ Configuration configure(Product, const ExpertShape&);
 std::string explain(Product, const ExpertShape&);  // one line
 
 #ifdef FASTMOE_SM90_TUNE
-extern int forced_tiling;  // a Tiling, or -1; for benchmarks that compare tilings
+extern int forced_tiling[6];  // of each Product: a Tiling, or -1; for benchmarks that compare tilings
 #endif
 
 }  // namespace fastmoe_cpp::cuda::sm90

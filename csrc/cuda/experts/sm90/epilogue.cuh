@@ -294,33 +294,31 @@ struct ActGradEpilogue {
     with_activation<kGated, kSwiGLU>(params.activation, [&](auto tag) {
       constexpr Activation kActivation = decltype(tag)::value;
       using T = typename G::T;
-      static_assert(G::kCooperative && G::kBlocksM == 1);
-      const int quad = threadIdx.x & 3, intermediate = params.intermediate;
-      T *grad_pre[2], *scaled_act[2];  // of this thread's rows, at the tile's first column
+      constexpr int kRowHalves = 2 * G::kBlocksM;  // rows of this thread: half h of block m is the (2m + h)'th
+      const int quad = threadIdx.x & 3, intermediate = params.intermediate, blocks = input_blocks_of(args, tile);
+      const int64_t slot = tile.first + row_of(first_row, 0, 0), column = tile.n * G::kN + quad * 8;
+      const int64_t up_rows = static_cast<int64_t>(intermediate) * (kGated ? 2 : 1);
+      T* const grad_pre = static_cast<T*>(params.grad_pre) + slot * up_rows + column;
+      T* const scaled_act = static_cast<T*>(params.scaled_act) + slot * intermediate + column;
+      float scale[kRowHalves], dot[kRowHalves];
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int64_t slot = tile.first + row_of(first_row, 0, h), column = tile.n * G::kN + quad * 8;
-        grad_pre[h] = static_cast<T*>(params.grad_pre) + slot * intermediate * (kGated ? 2 : 1) + column;
-        scaled_act[h] = static_cast<T*>(params.scaled_act) + slot * intermediate + column;
-      }
-      float scale[2] = {1.0f, 1.0f}, dot[2] = {0.0f, 0.0f};
-      if (params.scale != nullptr) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = row_of(first_row, 0, h);
-          scale[h] = row < tile.rows ? params.scale[args.slot_index[tile.first + row]] : 0.0f;
+      for (int r = 0; r < kRowHalves; ++r) {
+        scale[r] = 1.0f, dot[r] = 0.0f;
+        const int row = row_of(first_row, r >> 1, r & 1);
+        if (params.scale != nullptr) {
+          scale[r] = row < tile.rows ? params.scale[args.slot_index[tile.first + row]] : 0.0f;
         }
       }
 #pragma unroll
       for (int block = 0; block < G::kN / 64; ++block) {
-        if (tile.n * G::kN + block * 64 < intermediate) {
+        if (block < blocks) {
           ptx::barrier_wait(ring.full + position.stage * 8, position.phase);
           const uint32_t input = ring.stages + position.stage * G::kStageBytes + first_row * 128;
 #pragma unroll
-          for (int step = 0; step < 4; ++step) {
-            const int h = step >> 1, group = step & 1, b = block * 8 + group * 4;
-            const int row = row_of(first_row, 0, h), c = tile.n * G::kN + b * 8 + quad * 8;
-            const int local = row_of(0, 0, h);
+          for (int step = 0; step < 2 * kRowHalves; ++step) {
+            const int r = step >> 1, m = r >> 1, h = r & 1, group = step & 1, b = block * 8 + group * 4;
+            const int row = row_of(first_row, m, h), c = tile.n * G::kN + b * 8 + quad * 8;
+            const int local = row_of(0, m, h);
             const uint32_t address = input + local * 128 + (((group * 4 + quad) ^ (local & 7)) << 4);
             uint32_t gates[4], ups[4] = {};
             ptx::load_shared_16(gates, address);
@@ -328,8 +326,8 @@ struct ActGradEpilogue {
             uint32_t low[4], high[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              low[i] = bits_of(accumulators[0][4 * (b + i) + 2 * h]);
-              high[i] = bits_of(accumulators[0][4 * (b + i) + 2 * h + 1]);
+              low[i] = bits_of(accumulators[m][4 * (b + i) + 2 * h]);
+              high[i] = bits_of(accumulators[m][4 * (b + i) + 2 * h + 1]);
             }
             transpose_quad(low);
             transpose_quad(high);
@@ -339,35 +337,39 @@ struct ActGradEpilogue {
             for (int i = 0; i < 4; ++i) {
               const float2 gate = unpack<T>(gates[i]), up = kGated ? unpack<T>(ups[i]) : float2{0, 0};
               const float da0 = __uint_as_float(low[i]), da1 = __uint_as_float(high[i]);
-              const auto g0 = gradient_of<kActivation>(gate.x, up.x, da0 * scale[h], params.alpha, params.limit);
-              const auto g1 = gradient_of<kActivation>(gate.y, up.y, da1 * scale[h], params.alpha, params.limit);
+              const auto g0 = gradient_of<kActivation>(gate.x, up.x, da0 * scale[r], params.alpha, params.limit);
+              const auto g1 = gradient_of<kActivation>(gate.y, up.y, da1 * scale[r], params.alpha, params.limit);
               part += da0 * g0.value + da1 * g1.value;
               grad_gate[i] = pack<T>(g0.grad_gate, g1.grad_gate);
               grad_up[i] = pack<T>(g0.grad_up, g1.grad_up);
-              act[i] = pack<T>(g0.value * scale[h], g1.value * scale[h]);
+              act[i] = pack<T>(g0.value * scale[r], g1.value * scale[r]);
             }
             if (row < tile.rows && c < intermediate) {
-              dot[h] += part;
+              dot[r] += part;
               if (params.grad_pre != nullptr) {
-                store_16(grad_pre[h] + b * 8, grad_gate);
-                if constexpr (kGated) store_16(grad_pre[h] + b * 8 + intermediate, grad_up);
+                T* const out = grad_pre + (m * 64 + h * 8) * up_rows + b * 8;
+                store_16(out, grad_gate);
+                if constexpr (kGated) store_16(out + intermediate, grad_up);
               }
-              if (params.scaled_act != nullptr) store_16(scaled_act[h] + b * 8, act);
+              if (params.scaled_act != nullptr) {
+                store_16(scaled_act + (m * 64 + h * 8) * static_cast<int64_t>(intermediate) + b * 8, act);
+              }
             }
           }
           __syncwarp();
-          if ((threadIdx.x & 31) == 0) ptx::barrier_arrive(ring.empty + position.stage * 8);
+          release<G>(ring, position.stage);
           position.advance();
         }
       }
       if (params.partial != nullptr) {
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          float sum = dot[h];
+        for (int r = 0; r < kRowHalves; ++r) {
+          float sum = dot[r];
           sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
           sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
-          const int row = row_of(first_row, 0, h);
-          if (quad == 0 && row < tile.rows) params.partial[tile.n * params.slots + tile.first + row] = sum;
+          const int row = row_of(first_row, r >> 1, r & 1);
+          if (quad == 0 && row < tile.rows && tile.n < args.n_tiles)
+            params.partial[tile.n * params.slots + tile.first + row] = sum;
         }
       }
     });

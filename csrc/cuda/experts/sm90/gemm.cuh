@@ -50,7 +50,6 @@ __device__ __forceinline__ void multiply(float (&accumulators)[G::kBlocksM][G::k
   const uint32_t a_offset = G::kCooperative ? group * G::kBlocksM * kBoxBytes : 0;
   const uint64_t a_base = ptx::matrix_descriptor(ring.stages + a_offset, kTransposeA ? kBoxBytes : 16);
   const uint64_t b_base = ptx::matrix_descriptor(ring.stages + G::kABytes, kTransposeB ? kBoxBytes : 16);
-  const bool signals = (threadIdx.x & 31) == 0;
   int previous = 0;
   for (int k_block = 0; k_block < k_blocks; ++k_block) {
     const int stage = position.stage;
@@ -76,7 +75,7 @@ __device__ __forceinline__ void multiply(float (&accumulators)[G::kBlocksM][G::k
 #pragma unroll
     for (int m = 0; m < kBlocks; ++m) ptx::fence_registers(accumulators[m]);
     ptx::wgmma_wait<1>();
-    if (k_block > 0 && signals) ptx::barrier_arrive(ring.empty + previous * 8);
+    if (k_block > 0) release<G>(ring, previous);
     previous = stage;
     position.advance();
   }
@@ -88,14 +87,14 @@ __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule
                                         int group) {
   Position<G::kStages> position;
   float accumulators[G::kBlocksM][G::kN / 2];
-  const bool signals = (threadIdx.x & 31) == 0;
   int turn = 0;
-  for (int index = blockIdx.x; index < schedule.total(args.experts); index += gridDim.x, ++turn) {
+  for (int index = first_index<G>(); index < schedule.total(args.experts); index += index_step<G>(), ++turn) {
     if (!G::kCooperative && (turn & 1) != group) {
-      if constexpr (!G::kWeightGrad) {
+      if constexpr (!G::kWeightGrad && G::Epilogue::kInputHalves == 0) {
         position.skip(k_blocks_of(args, Tile{}));
       } else {
-        position.skip(k_blocks_of(args, find_tile(args, schedule, index)));
+        const Tile tile = find_tile(args, schedule, index);
+        position.skip(k_blocks_of(args, tile) + input_blocks_of(args, tile));
       }
       continue;
     }
@@ -116,23 +115,31 @@ __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule
       const int blocks = k_blocks + input_blocks_of(args, tile);
       for (int block = 0; block < blocks; ++block) {
         ptx::barrier_wait(ring.full + position.stage * 8, position.phase);
-        if (signals) ptx::barrier_arrive(ring.empty + position.stage * 8);
+        __syncwarp();
+        release<G>(ring, position.stage);
         position.advance();
       }
       continue;
     }
-    const bool hands_over = !G::kCooperative && index + gridDim.x < schedule.total(args.experts);
+    const bool more = !G::kCooperative && index + index_step<G>() < schedule.total(args.experts);
+    const bool hands_over = more && G::Epilogue::kInputHalves == 0;
     if (G::kBlocksM == 2 && rows_here <= 64) {
       multiply<G, 1>(accumulators, args, tile, k_blocks, ring, position, group, hands_over);
     } else {
       multiply<G, G::kBlocksM>(accumulators, args, tile, k_blocks, ring, position, group, hands_over);
     }
+    if (G::Epilogue::kInputHalves > 0 && more) {
+      // Every phase before the other's first must have passed: also those of this tile's input.
+      Position<G::kStages> ahead = position;
+      for (int block = input_blocks_of(args, tile); block > 0; --block, ahead.advance()) {
+        ptx::barrier_wait(ring.full + ahead.stage * 8, ahead.phase);
+      }
+      ptx::named_barrier_arrive(kOrderBarrier + (group ^ 1), 256);
+    }
     ptx::wgmma_wait<0>();
 #pragma unroll
     for (int m = 0; m < G::kBlocksM; ++m) ptx::fence_registers(accumulators[m]);
-    if (k_blocks > 0 && signals) {
-      ptx::barrier_arrive(ring.empty + (position.stage == 0 ? G::kStages - 1 : position.stage - 1) * 8);
-    }
+    if (k_blocks > 0) release<G>(ring, position.stage == 0 ? G::kStages - 1 : position.stage - 1);
     G::Epilogue::template store<G>(args, tile, first_row, accumulators, ring, position);
   }
 }
@@ -153,16 +160,17 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
     for (int i = 0; i < G::kStages; ++i) {
       ptx::barrier_init(ring.full + i * 8, G::kPublishes ? 2 : G::kGathers ? 1 + G::kGatherThreads : 1);
       ptx::barrier_init(ring.landed + i * 8, G::kGatherThreads);
-      ptx::barrier_init(ring.empty + i * 8, G::kCooperative ? 8 : 4);
+      ptx::barrier_init(ring.empty + i * 8, (G::kCooperative ? 8 : 4) * G::kCluster);
     }
     ptx::barrier_init_fence();
     if (!is_gathered(G::kA)) ptx::tma_prefetch_descriptor(&args.a_map);
     if (!is_gathered(G::kB)) ptx::tma_prefetch_descriptor(&args.b_map);
   }
   ptx::wait_for_previous_kernel();
-  const Schedule schedule = Schedule::build<G::kRowTile, kThreads>(
-      reinterpret_cast<int*>(barriers + 3 * G::kStages), args.expert_offsets, args.experts, args.m_tiles, args.n_tiles);
+  const Schedule schedule = Schedule::build<G, kThreads>(reinterpret_cast<int*>(barriers + 3 * G::kStages),
+                                                         args.expert_offsets, args.experts, args.m_tiles, args.n_tiles);
   ptx::launch_next_kernel();
+  if constexpr (G::kCluster > 1) ptx::cluster_sync();  // every block's barriers are there
   const int group = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x >> 7), 0);
   if (group < 2) {
     ptx::increase_registers<G::kConsumerRegisters>();
@@ -180,6 +188,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
       if (warp == 3) publish_tiles<G>(args, schedule, ring);
     }
   }
+  if constexpr (G::kCluster > 1) ptx::cluster_sync();  // nobody sends to a block that has ended
 #endif
 }
 
