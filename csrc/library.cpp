@@ -1,5 +1,6 @@
 // Every operator of the extension, on one screen. Symbols in the shape contracts:
-//   T tokens, H hidden size, I expert intermediate size, E experts, K experts a token, P = T*K slots, S sequences.
+//   T tokens, H hidden size, I expert intermediate size, E experts, K experts a token, P slots (T*K as dispatch
+//   makes them, or fewer where the caller knows that a plan serves at most P pairs and cuts slot_index), S sequences.
 // A plan is (slot_index [P], token_slot [T, K], expert_offsets [E + 1]), all int32:
 //   expert e owns slots expert_offsets[e] .. expert_offsets[e + 1]; slot s serves pair slot_index[s] = t*K + k;
 //   token_slot[t, k] is that slot, or -1 where the pair is dropped. Slots past expert_offsets[E] belong to nobody.

@@ -1,10 +1,10 @@
 """The operators of ``torch.ops.fastmoe_cpp``, typed: everything a module calls, and all of it traced by torch.compile.
 
-Symbols: T tokens, H hidden size, I expert intermediate size, E experts, K experts a token, P = T * K slots, S sequences
-of L tokens. Floating dtypes are float64, float32, bfloat16 and float16; sums, scores and routing weights are float32,
-or float64 where their operands are. A wrong shape or value raises ValueError, a wrong dtype TypeError: one sentence
-with the argument's name, what was expected and what was given. Nothing here waits for the device. The same functions
-in plain torch, and their formulas, are in ``fastmoe_cpp.reference``.
+Symbols: T tokens, H hidden size, I expert intermediate size, E experts, K experts a token, P = T * K slots (or fewer,
+see DispatchPlan), S sequences of L tokens. Floating dtypes are float64, float32, bfloat16 and float16; sums, scores and
+routing weights are float32, or float64 where their operands are. A wrong shape or value raises ValueError, a wrong
+dtype TypeError: one sentence with the argument's name, what was expected and what was given. Nothing here waits for the
+device. The same functions in plain torch, and their formulas, are in ``fastmoe_cpp.reference``.
 """
 
 from __future__ import annotations

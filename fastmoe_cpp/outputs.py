@@ -23,7 +23,9 @@ class DispatchPlan(NamedTuple):
     """Which slot serves which pair of token and expert.
 
     Expert e owns slots ``expert_offsets[e] .. expert_offsets[e + 1]``; slot s serves pair ``slot_index[s]``, which is
-    t * K + k. Slots past ``expert_offsets[E]`` belong to nobody.
+    t * K + k. Slots past ``expert_offsets[E]`` belong to nobody: who knows that a plan serves at most P pairs may pass
+    on ``slot_index[:P]``, and every tensor of slots has P rows. (A P below ``expert_offsets[E]`` is an error that only
+    the CPU finds: a GPU would write past the rows.)
     """
 
     slot_index: Tensor  #: [P] int32

@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_output, const Ten
       grad_rows = empty(rows.sizes(), options);
       const A* w = pointer_or_null<const A>(weights);
       T* out = grad_rows.mutable_data_ptr<T>();
-      for_rows(plan.slots(), hidden * 2, [&](int64_t begin, int64_t end) {
+      for_rows(plan.slots, hidden * 2, [&](int64_t begin, int64_t end) {
         for (int64_t s = begin; s < end; ++s) {
           const bool served = s < plan.served;
           const T* source = served ? g + plan.token(s) * hidden : g;
@@ -87,7 +87,7 @@ std::tuple<Tensor, Tensor> combine_backward(const Tensor& grad_output, const Ten
       grad_weights = at::empty({plan.tokens, plan.top_k}, grad_weights.options());
       const T* r = rows.const_data_ptr<T>();
       A* out = grad_weights.mutable_data_ptr<A>();
-      for_rows(plan.slots(), hidden * 2, [&](int64_t begin, int64_t end) {
+      for_rows(plan.pairs(), hidden * 2, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
           const int64_t slot = plan.token_slot[i];
           out[i] = slot < 0 ? A(0) : k.dot(hidden, g + i / plan.top_k * hidden, r + slot * hidden);

@@ -128,11 +128,11 @@ Tensor gather(const Tensor& hidden_states, const Tensor& slot_index, const Tenso
   check_gather(hidden_states, slot_index, token_slot, expert_offsets);
   const auto plan = read_plan(slot_index, token_slot, expert_offsets);
   const Tensor x = hidden_states.contiguous();
-  Tensor rows = empty({plan.slots(), x.size(1)}, x.options());
+  Tensor rows = empty({plan.slots, x.size(1)}, x.options());
   const int64_t bytes = x.size(1) * x.element_size();
   const auto* from = static_cast<const char*>(x.const_data_ptr());
   auto* to = static_cast<char*>(rows.mutable_data_ptr());
-  for_rows(plan.slots(), x.size(1), [&](int64_t begin, int64_t end) {
+  for_rows(plan.slots, x.size(1), [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < end; ++s) {
       if (s < plan.served)
         std::memcpy(to + s * bytes, from + plan.token(s) * bytes, bytes);

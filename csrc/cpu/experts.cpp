@@ -87,10 +87,10 @@ std::tuple<Tensor, Tensor> experts_forward(const Tensor& hidden_states, const Te
                        gate_up_bias, down_bias, activation, activation_alpha, activation_limit, interleaved,
                        weight_on_input);
     if (keep_pre_activation) {
-      pre_activation = empty({e.plan.slots(), e.up_rows}, options);
+      pre_activation = empty({e.plan.slots, e.up_rows}, options);
       // slots of nobody hold zeros, not what the memory held before
       T* tail = pre_activation.mutable_data_ptr<T>() + e.plan.served * e.up_rows;
-      std::fill(tail, tail + (e.plan.slots() - e.plan.served) * e.up_rows, T(0));
+      std::fill(tail, tail + (e.plan.slots - e.plan.served) * e.up_rows, T(0));
     }
     const Tensor act = empty({e.plan.served, e.inner}, options);
     const Tensor rows = empty({e.plan.served, e.hidden}, options);

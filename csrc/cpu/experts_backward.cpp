@@ -209,7 +209,7 @@ void routing_gradient(const Experts<T>& e, const Tensor& grad_output, const acc_
   using A = acc_t<T>;
   const Tensor& source = e.weight_on_input ? e.x : grad_output;
   const T* from = source.const_data_ptr<T>();
-  for_rows(e.plan.slots(), e.hidden, [&](int64_t begin, int64_t end) {
+  for_rows(e.plan.pairs(), e.hidden, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t slot = e.plan.token_slot[i];
       A sum = 0;

@@ -33,13 +33,14 @@ Plan read_plan(const at::Tensor& slot_index, const at::Tensor& token_slot, const
             token_slot.size(0),
             token_slot.size(1),
             expert_offsets.size(0) - 1,
+            slot_index.size(0),
             0};
-  check_offsets(expert_offsets, plan.slots());
+  check_offsets(expert_offsets, plan.slots);
   plan.served = plan.expert_offsets[plan.experts];
   check_token_slot(token_slot, plan.served);
   for (int64_t s = 0; s < plan.served; ++s)
-    TORCH_CHECK_VALUE(plan.slot_index[s] >= 0 && plan.slot_index[s] < plan.slots(), "slot_index must be between 0 and ",
-                      plan.slots() - 1, ", got ", plan.slot_index[s], " at slot ", s);
+    TORCH_CHECK_VALUE(plan.slot_index[s] >= 0 && plan.slot_index[s] < plan.pairs(), "slot_index must be between 0 and ",
+                      plan.pairs() - 1, ", got ", plan.slot_index[s], " at slot ", s);
   return plan;
 }
 

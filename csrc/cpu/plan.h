@@ -8,8 +8,9 @@ namespace fastmoe_cpp::cpu {
 
 struct Plan {
   const int32_t *slot_index, *token_slot, *expert_offsets;
-  int64_t tokens, top_k, experts, served;  // served = expert_offsets[E]: the slots that belong to an expert
-  int64_t slots() const { return tokens * top_k; }
+  int64_t tokens, top_k, experts;
+  int64_t slots, served;  // P, and expert_offsets[E]: the slots that belong to an expert
+  int64_t pairs() const { return tokens * top_k; }
   int64_t token(int64_t slot) const { return slot_index[slot] / top_k; }
 };
 

@@ -89,10 +89,10 @@ __device__ void row_sum(A (&x)[U], A (*scratch)[U]) {
 
 template <typename T, int V>
 __device__ void zero_rows(const CombineBackwardParams& p, int64_t first_block) {
-  const int64_t slots = p.tokens * p.top_k, step = static_cast<int64_t>(kZeroBlocks) * blockDim.y;
+  const int64_t step = static_cast<int64_t>(kZeroBlocks) * blockDim.y;
   T* rows = static_cast<T*>(p.grad_rows);
   for (int64_t s = __ldg(p.expert_offsets + p.experts) + (blockIdx.x - first_block) * blockDim.y + threadIdx.y;
-       s < slots; s += step)
+       s < p.slots; s += step)
     for (int64_t c = static_cast<int64_t>(threadIdx.x) * V; c < p.hidden; c += blockDim.x * V)
       *reinterpret_cast<Vec<T, V>*>(rows + s * p.hidden + c) = Vec<T, V>{};
 }
@@ -149,7 +149,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 template <typename A>
 __global__ void __launch_bounds__(kThreads) slots_to_pairs_kernel(const SlotsToPairsParams p) {
   const int64_t pair = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  if (pair >= p.slots) return;
+  if (pair >= p.pairs) return;
   const int32_t slot = p.token_slot[pair];
   static_cast<A*>(p.by_pair)[pair] = slot >= 0 ? static_cast<const A*>(p.by_slot)[slot] : A(0);
 }
@@ -209,8 +209,8 @@ cudaError_t combine_backward(const CombineBackwardParams& p, cudaStream_t stream
 }
 
 cudaError_t slots_to_pairs(const SlotsToPairsParams& p, cudaStream_t stream) {
-  if (p.slots == 0) return cudaSuccess;
-  const auto run = [&](auto kernel) { return launch(kernel, ceil_div(p.slots, kThreads), kThreads, 0, stream, p); };
+  if (p.pairs == 0) return cudaSuccess;
+  const auto run = [&](auto kernel) { return launch(kernel, ceil_div(p.pairs, kThreads), kThreads, 0, stream, p); };
   return p.dtype == DType::f64 ? run(slots_to_pairs_kernel<double>) : run(slots_to_pairs_kernel<float>);
 }
 

@@ -1,5 +1,5 @@
 // Sums of slots' rows into tokens, and the way back. No torch here: pointers, sizes, a stream.
-// Shapes as in library.cpp: T tokens, H hidden size, K experts a token, P = T*K slots. Rows are contiguous, of `dtype`;
+// Shapes as in library.cpp: T tokens, H hidden size, K experts a token, P slots. Rows are contiguous, of `dtype`;
 // routing weights are float, double where dtype is f64. Every sum is in float32 (float64 for f64), in a fixed order.
 #pragma once
 #include <cuda_runtime.h>
@@ -30,6 +30,7 @@ struct CombineBackwardParams {
   DType dtype;
   int64_t tokens, hidden;
   int top_k, experts;
+  int64_t slots;                  // P
   const int32_t* token_slot;      // [T, K]
   const int32_t* expert_offsets;  // [E + 1]; read for grad_rows only
   const void* weights;            // [T, K], or null: all ones; read for grad_rows only
@@ -43,7 +44,7 @@ cudaError_t combine_backward(const CombineBackwardParams&, cudaStream_t);
 // by_pair[t, k] = by_slot[token_slot[t, k]], and 0 where that is -1. Values are float, double where dtype is f64.
 struct SlotsToPairsParams {
   DType dtype;
-  int64_t slots;              // P
+  int64_t pairs;              // T * K
   const int32_t* token_slot;  // [T, K]
   const void* by_slot;        // [P]
   void* by_pair;              // [T, K]

@@ -63,6 +63,17 @@ inline void at_least(const c10::SymInt& value, int64_t low, const char* name) {
   }
 }
 
+// How many slots a plan has is the caller's choice where not every pair is served: P of at most T * K.
+inline void number_of_slots(const c10::SymInt& slots, const Arg& token_slot, const char* name) {
+  const auto pairs = token_slot.size(0) * token_slot.size(1);
+  const auto ok = slots.sym_le(pairs);
+  if (auto known = ok.maybe_as_bool()) {
+    TORCH_CHECK_VALUE(*known, name, " must have at most T * K = ", pairs, " slots for token_slot [T, K], got ", slots);
+  } else {
+    TORCH_SYM_CHECK(ok, name, " must have at most T * K slots for token_slot [T, K]");
+  }
+}
+
 inline void padding(const OptionalTensor& mask, const Arg& like, int64_t n, const char* contract) {
   if (!has(mask)) return;
   const Arg m{*mask, "padding_mask"};
@@ -72,12 +83,12 @@ inline void padding(const OptionalTensor& mask, const Arg& like, int64_t n, cons
   same_device(m, like);
 }
 
-// The three tensors of a plan against each other. Returns nothing: T and K are token_slot's sizes, P = T * K.
+// The three tensors of a plan against each other. Returns nothing: T and K are token_slot's sizes, P slot_index's.
 inline void plan(const Arg& slot_index, const Arg& token_slot, const Arg& expert_offsets, const Arg& like) {
   dims(token_slot, 2, "[T, K]");
-  dims(slot_index, 1, "[T * K]");
+  dims(slot_index, 1, "[P]");
   dims(expert_offsets, 1, "[E + 1]");
-  size_is(slot_index, 0, token_slot.size(0) * token_slot.size(1), "[T * K]");
+  number_of_slots(slot_index.size(0), token_slot, slot_index.name);
   for (const Arg* a : {&slot_index, &token_slot, &expert_offsets}) {
     dtype_is(*a, at::kInt, "as dispatch returns it");
     same_device(*a, like);

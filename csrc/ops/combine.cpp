@@ -9,10 +9,10 @@ using namespace checking;
 void check_combine(const Tensor& rows, const OptionalTensor& topk_weights, const Tensor& slot_index,
                    const Tensor& token_slot, const Tensor& expert_offsets) {
   const Arg r{rows, "rows"}, slots{token_slot, "token_slot"};
-  dims(r, 2, "[T * K, H]");
+  dims(r, 2, "[P, H]");
   floating(r);
   plan({slot_index, "slot_index"}, slots, {expert_offsets, "expert_offsets"}, r);
-  size_is(r, 0, slots.size(0) * slots.size(1), "[T * K, H] for token_slot [T, K]");
+  size_is(r, 0, slot_index.sym_size(0), "[P, H] for slot_index [P]");
   if (has(topk_weights)) {
     const Arg w{*topk_weights, "topk_weights"};
     dims(w, 2, "[T, K]");
@@ -28,7 +28,7 @@ void check_combine_backward(const Tensor& grad_output, const Tensor& rows, const
   const Arg g{grad_output, "grad_output"};
   dims(g, 2, "[T, H]");
   size_is(g, 0, token_slot.sym_size(0), "[T, H] for token_slot [T, K]");
-  size_is(g, 1, rows.sym_size(1), "[T, H] for rows [T * K, H]");
+  size_is(g, 1, rows.sym_size(1), "[T, H] for rows [P, H]");
   dtype_is(g, rows.scalar_type(), "the dtype of rows");
   same_device(g, {rows, "rows"});
 }

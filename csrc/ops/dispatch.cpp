@@ -52,11 +52,11 @@ void check_gather(const Tensor& hidden_states, const Tensor& slot_index, const T
 
 void check_gather_backward(const Tensor& grad_rows, const Tensor& token_slot) {
   const Arg g{grad_rows, "grad_rows"}, s{token_slot, "token_slot"};
-  dims(g, 2, "[T * K, H]");
+  dims(g, 2, "[P, H]");
   floating(g);
   dims(s, 2, "[T, K]");
   dtype_is(s, at::kInt, "as dispatch returns it");
-  size_is(g, 0, s.size(0) * s.size(1), "[T * K, H] for token_slot [T, K]");
+  number_of_slots(g.size(0), s, g.name);
   same_device(s, g);
 }
 

@@ -19,7 +19,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> dispatch(
     std::optional<c10::SymInt> capacity = std::nullopt, std::string_view drop_policy = "position",
     const std::optional<at::Tensor>& padding_mask = std::nullopt);
 
-// hidden_states [T, H] -> rows [T*K, H] in expert order; rows past expert_offsets[E] are zero.
+// hidden_states [T, H] -> rows [P, H] in expert order; rows past expert_offsets[E] are zero. P is slot_index's size: all
+// T*K of dispatch, or fewer where the caller knows that expert_offsets[E] is at most P and cuts the rest off.
 at::Tensor gather(const at::Tensor& hidden_states, const at::Tensor& slot_index, const at::Tensor& token_slot,
                   const at::Tensor& expert_offsets);
 at::Tensor gather_backward(const at::Tensor& grad_rows, const at::Tensor& token_slot);

@@ -73,8 +73,8 @@ void check_experts_backward(const Tensor& grad_output, const Tensor& hidden_stat
   same_device(g, {hidden_states, "hidden_states"});
   if (has(pre_activation)) {
     const Arg p{*pre_activation, "pre_activation"};
-    dims(p, 2, "[T * K, 2 * I] (or [T * K, I] ungated)");
-    size_is(p, 0, slot_index.sym_size(0), "[T * K, ...] as slot_index");
+    dims(p, 2, "[P, 2 * I] (or [P, I] ungated)");
+    size_is(p, 0, slot_index.sym_size(0), "[P, ...] as slot_index");
     size_is(p, 1, gate_up_proj.sym_size(1), "[..., 2 * I] as gate_up_proj");
     dtype_is(p, hidden_states.scalar_type(), "hidden_states' dtype");
   }

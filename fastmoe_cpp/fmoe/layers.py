@@ -46,7 +46,7 @@ def _fmoe_general_global_forward(
     unknown = set(kwargs) - {"experts"}
     if unknown:
         raise TypeError(f"_fmoe_general_global_forward() takes no argument {sorted(unknown)[0]!r}")
-    way = Dispatch(gate.reshape(gate.shape[0], -1), num_expert, world_size, moe_group)
+    way = Dispatch(gate.reshape(gate.shape[0], gate.shape[1:].numel()), num_expert, world_size, moe_group)
     rows = expert_fn(tree_map(way.to_experts, inp), way.expert_counts())
     return tree_map(way.to_choices, rows)
 

@@ -91,32 +91,36 @@ class ParallelExperts:
         ids = experts_of_pairs(plan)
         ranks = torch.where(ids < 0, -1, ids // each)
         send_plan = ops.dispatch(ranks_of_tokens(ranks, self.size), self.size)
-        send, recv, width = self._counts(ranks, send_plan.tokens_per_expert)
+        send, recv, width, pairs = self._counts(ranks, send_plan.tokens_per_expert)
+        send_plan = send_plan._replace(slot_index=send_plan.slot_index[: sum(send)])
 
         # ids below 1,024 are exact in float32
         choices = torch.cat([topk_weights, ids.to(topk_weights.dtype)], dim=1)
         choices = self._dispatch(choices, send_plan, send, recv, "expert-parallel dispatch of weights")
         rows = self._dispatch(hidden_states, send_plan, send, recv, "expert-parallel dispatch")
         weights, local_ids = self._own(choices, top_k, each, width)
-        rows = self._experts(experts, rows, weights, ops.dispatch(local_ids, each))
+        plan = ops.dispatch(local_ids, each)
+        # only so many of a row's `width` places are taken
+        rows = self._experts(experts, rows, weights, plan._replace(slot_index=plan.slot_index[:pairs]))
         rows = self.path.rows(rows, recv, send, "expert-parallel combine")
-        rows = F.pad(rows, (0, 0, 0, send_plan.slot_index.numel() - rows.shape[0]))
         return ops.combine(rows, None, send_plan)
 
-    def _counts(self, ranks: Tensor, rows_to: Tensor) -> tuple[list[int], list[int], int]:
-        """Rows to every rank, rows from every rank, and the most experts that a row from anywhere has here."""
+    def _counts(self, ranks: Tensor, rows_to: Tensor) -> tuple[list[int], list[int], int, int]:
+        """Rows to and from every rank; of the latter's experts here, the most that one row has, and those of all."""
         together = (ranks[:, :, None] == ranks[:, None, :]).sum(dim=-1).masked_fill(ranks < 0, 0)
         widest = torch.zeros_like(rows_to).scatter_reduce_(
             0, ranks.clamp(min=0).flatten(), together.flatten(), "amax", include_self=True
         )
-        sent = torch.stack([rows_to, widest], dim=1)
+        pairs = torch.zeros_like(rows_to).scatter_add_(0, ranks.clamp(min=0).flatten(), (ranks >= 0).flatten().long())
+        sent = torch.stack([rows_to, widest, pairs], dim=1)
         received = self.path.counts(sent, "expert-parallel counts")
         on_host = torch.stack([sent, received]).tolist()
-        send, recv = ([rows for rows, _ in side] for side in on_host)
-        return send, recv, max(1, *(width for _, width in on_host[1]))
+        send, recv = ([rows for rows, *_ in side] for side in on_host)
+        _, widths, pairs_from = zip(*on_host[1], strict=True)
+        return send, recv, max(1, *widths), sum(pairs_from)
 
     def _dispatch(self, x: Tensor, plan: DispatchPlan, send: list[int], recv: list[int], operation: str) -> Tensor:
-        return self.path.rows(ops.gather(x, plan)[: sum(send)], send, recv, operation)
+        return self.path.rows(ops.gather(x, plan), send, recv, operation)
 
     def _own(self, choices: Tensor, top_k: int, each: int, width: int) -> tuple[Tensor, Tensor]:
         """Weights and local ids [R, width] of the choices [R, 2 * K] that fall on this rank, in order of k; then -1."""

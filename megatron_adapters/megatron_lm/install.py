@@ -37,7 +37,7 @@ class _Patches:
             setattr(owner, name, value)
 
 
-def wrap_pretrain(pretrain: Callable[..., Any], adapter: ModuleType) -> Callable[..., Any]:
+def wrap_pretrain(pretrain: Callable[..., Any], adapter: Any) -> Callable[..., Any]:
     """The host's pretrain with the adapter's arguments, and the model provider and forward_step it is given patched."""
     signature = inspect.signature(pretrain)
 
@@ -59,7 +59,7 @@ def wrap_pretrain(pretrain: Callable[..., Any], adapter: ModuleType) -> Callable
     return with_experts
 
 
-def install(adapter: ModuleType) -> Callable[[], None]:
+def install(adapter: Any) -> Callable[[], None]:
     """See the adapters' ``install``."""
     training = host.module("training")  # imports what is patched below
     clip_grads = host.module("optimizer.clip_grads")
@@ -85,7 +85,7 @@ def install(adapter: ModuleType) -> Callable[[], None]:
         return gradients.prepare_optimizer(build(*inputs, **named))
 
     patches.everywhere(build, get_megatron_optimizer)
-    if adapter.VERSION != "2.2":
+    if adapter.version != "2.2":
         schedules = host.module("schedules")
         if not schedule.takes_three(schedules):
             patches.everywhere(schedules.forward_step, schedule.of_two(schedules.forward_step))

@@ -46,6 +46,8 @@ class Host:
 
     def __init__(self, version: str) -> None:
         self.version = version
+        #: Where the stand-in's model and data are.
+        self.device = "cpu"
         self.adapter = get_adapter(version)
         #: Whether it is a checkout.
         self.real = "MEGATRON_STAND_IN" not in os.environ
@@ -78,6 +80,7 @@ class Host:
         state._GLOBAL_NUM_MICROBATCHES_CALCULATOR = None
         state._build_num_microbatches_calculator(args)
         state._GLOBAL_TIMERS = state.Timers()
+        state._DEVICE = self.device
         self.module("checkpointing")._CHECKPOINT_VERSION = None
         if self.version == "3.0.2":
             args.model_type = self.module("model").ModelType.encoder_or_decoder
@@ -141,10 +144,10 @@ class Host:
         mpu = self.module("mpu")
 
         def batch(data_iterator: Iterator[Tensor]) -> tuple[Tensor, ...]:
-            tokens = next(data_iterator)
+            tokens = next(data_iterator).to(self.device)
             inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-            mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool).triu(1)
-            return inputs, labels, torch.arange(LENGTH).expand_as(inputs), mask
+            mask = torch.ones(1, 1, LENGTH, LENGTH, dtype=torch.bool, device=self.device).triu(1)
+            return inputs, labels, torch.arange(LENGTH, device=self.device).expand_as(inputs), mask
 
         def loss_func(output_tensor: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss = output_tensor.float().mean()
@@ -222,12 +225,12 @@ def prepare(version: str, source: str) -> None:
         megatron_cpu.prepare(Path(source))
 
 
-def open_world() -> None:
-    """torch.distributed over gloo, by the environment of the launcher, or alone."""
+def open_world(backend: str = "gloo") -> None:
+    """torch.distributed over a backend, by the environment of the launcher, or alone."""
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     if "MASTER_PORT" not in os.environ:
         store = dist.HashStore()
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     else:
-        dist.init_process_group("gloo")
+        dist.init_process_group(backend)

@@ -60,17 +60,19 @@ def clipping_is_the_norm_of_everything(host: Host) -> None:
     for parameter in parameters:
         parameter.grad = parameter.main_grad if parameter.grad is None else parameter.grad
     for norm_type in (2.0, 1.0, float("inf")):
-        gradients = torch.cat([torch.full((7,), 0.25), *(p.grad.reshape(-1) for p in parameters)])
-        extra = nn.Parameter(torch.zeros(7))
-        extra.grad = torch.full((7,), 0.25)
-        shared = nn.Parameter(torch.zeros(7))
-        shared.grad, shared.shared = torch.full((7,), 9.0), True
+        gradients = torch.cat([torch.full((7,), 0.25, device=host.device), *(p.grad.reshape(-1) for p in parameters)])
+        extra = nn.Parameter(torch.zeros(7, device=host.device))
+        extra.grad = torch.full_like(extra, 0.25)
+        shared = nn.Parameter(torch.zeros(7, device=host.device))
+        shared.grad, shared.shared = torch.full_like(shared, 9.0), True
         expected = torch.linalg.vector_norm(gradients, norm_type)
-        found = host.adapter.grad_norm([*parameters, extra, shared, nn.Parameter(torch.zeros(1))], norm_type)
+        found = host.adapter.grad_norm(
+            [*parameters, extra, shared, nn.Parameter(torch.zeros(1, device=host.device))], norm_type
+        )
         close(found, expected, 1e-5)
     before = [p.grad.clone() for p in parameters]
     norm = host.module("optimizer.clip_grads").clip_grad_norm_fp32(parameters, 0.5)
-    close(torch.tensor(norm), torch.cat([g.reshape(-1) for g in before]).norm(), 1e-6)
+    close(torch.tensor(norm), torch.cat([g.reshape(-1) for g in before]).norm().cpu(), 1e-6)
     for parameter, gradient in zip(parameters, before, strict=True):
         close(parameter.grad, gradient * (0.5 / (norm + 1e-6)), 1e-6)
     with pytest.raises(ValueError, match="norm_type must be a number above 0, got 0"):

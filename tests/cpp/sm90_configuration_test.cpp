@@ -17,7 +17,8 @@ constexpr Product kProducts[] = {Product::up,
                                  Product::down_weight_grad};
 
 ExpertShape shape_of(int64_t tokens, int64_t hidden, int64_t intermediate, int experts, int top_k) {
-  return {DType::bf16, tokens, hidden, intermediate, experts, top_k, Activation::SwiGLU, 1.702f, 7.0f, false, false};
+  return {DType::bf16,        tokens, hidden, intermediate, experts, top_k,
+          Activation::SwiGLU, 1.702f, 7.0f,   false,        false,   tokens * top_k};
 }
 
 }  // namespace

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from modules.cases import CASES, make
+from support.ranks import device
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -25,13 +26,13 @@ LENGTH = 2
 
 
 def ep_mesh(ranks: int) -> DeviceMesh:
-    return init_device_mesh("cpu", (ranks,), mesh_dim_names=("ep",))
+    return init_device_mesh(device().type, (ranks,), mesh_dim_names=("ep",))
 
 
 def pair(case: str | MoEConfig, mesh: DeviceMesh, dtype=torch.float64, **style) -> tuple[MoE, MoE]:
     """A layer on this rank alone, and its twin over the mesh."""
     torch.manual_seed(0)
-    whole = make(case, dtype=dtype)
+    whole = make(case, device(), dtype)
     spread = nn.ModuleDict({"moe": copy.deepcopy(whole)})
     parallelize_module(spread, mesh, {"moe": ExpertParallel(**style)})
     return whole, spread["moe"]
@@ -41,7 +42,7 @@ def batch(sequences: list[int], hidden: int, seed: int = 0, dtype=torch.float64)
     """Each rank's [S, LENGTH, H], the same list on every rank; ranks differ in what they prefer."""
     g = torch.Generator().manual_seed(seed)
     drawn = [torch.randn(s, LENGTH, hidden, generator=g, dtype=torch.float64) for s in sequences]
-    return [(x + 0.3 * rank).to(dtype) for rank, x in enumerate(drawn)]
+    return [(x + 0.3 * rank).to(device(), dtype) for rank, x in enumerate(drawn)]
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -28,12 +28,15 @@ def curve(folder: Path) -> list[dict]:
     return [r for r in log if r["kind"] == "step"]
 
 
-def test_two_ranks_train_as_one(tmp_path):
+def test_two_ranks_train_as_one(tmp_path, backend):
     text = tmp_path / "text"
     text.mkdir()
     for number in range(30):
         (text / f"{number}.py").write_text("".join(f"def f{i}(x): return x * {i * number}\n" for i in range(60)))
-    program, data = "examples/train_text.py", ["--data", str(text), *TINY]
+    gpu = backend == "nccl"
+    program, data = "examples/train_text.py", ["--data", str(text), *TINY, *(["--device", "cuda"] if gpu else [])]
+    # sums of attention's gradients have no order on a GPU, and Adam makes much of small ones
+    near = 1e-3 if gpu else 1e-5
     two, one, resumed = (tmp_path / name for name in ("two", "one", "resumed"))
 
     done = run(*TORCHRUN, program, "--expert-parallel", "2", *data, "--out", str(two))
@@ -44,9 +47,9 @@ def test_two_ranks_train_as_one(tmp_path):
     assert done.returncode == 0, done.stderr
     for a, b in zip(curve(two), curve(one), strict=True):
         ours, alone = a["fastmoe_cpp"], b["fastmoe_cpp"]
-        assert ours["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=1e-5)
-        assert ours["balance_loss"] == pytest.approx(alone["balance_loss"], rel=1e-5)
-        assert ours["tokens_per_expert"] == alone["tokens_per_expert"]
+        assert ours["bits_per_byte"] == pytest.approx(alone["bits_per_byte"], rel=near)
+        assert ours["balance_loss"] == pytest.approx(alone["balance_loss"], rel=near)
+        assert gpu or ours["tokens_per_expert"] == alone["tokens_per_expert"]
 
     done = run(
         *TORCHRUN, program, "--expert-parallel", "2", *data, "--no-compare", "--stop-at", "7", "--out", str(resumed)
@@ -55,8 +58,8 @@ def test_two_ranks_train_as_one(tmp_path):
     done = run(program, "--resume", str(resumed / "checkpoint.pt"), "--sample-bytes", "10")
     assert done.returncode == 0, done.stderr
     for a, b in zip(curve(resumed), curve(one), strict=True):
-        assert a["fastmoe_cpp"]["bits_per_byte"] == pytest.approx(b["fastmoe_cpp"]["bits_per_byte"], rel=1e-5)
-    assert (resumed / "sample.txt").read_text() == (one / "sample.txt").read_text()
+        assert a["fastmoe_cpp"]["bits_per_byte"] == pytest.approx(b["fastmoe_cpp"]["bits_per_byte"], rel=near)
+    assert gpu or (resumed / "sample.txt").read_text() == (one / "sample.txt").read_text()
 
 
 @pytest.mark.parametrize(

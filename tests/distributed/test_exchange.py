@@ -9,7 +9,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from support.ranks import RankFailed, run_ranks
+from support.ranks import RankFailed, device, run_ranks
 
 from fastmoe_cpp.parallel import ExchangeError, all_to_all_rows, exchange_counts
 
@@ -23,7 +23,8 @@ PATTERNS = {
 def everyones_rows(send, dtype, tail):
     """What each rank holds, the same on every rank."""
     generator = torch.Generator().manual_seed(5)
-    return [torch.randn(sum(counts), *tail, generator=generator, dtype=torch.float64).to(dtype) for counts in send]
+    drawn = [torch.randn(sum(counts), *tail, generator=generator, dtype=torch.float64) for counts in send]
+    return [x.to(device(), dtype) for x in drawn]
 
 
 def expected(send, rows, to):
@@ -32,7 +33,7 @@ def expected(send, rows, to):
 
 def check_rows(rank, world):
     for send in PATTERNS[world]:
-        recv = exchange_counts(torch.tensor(send[rank]))
+        recv = exchange_counts(torch.tensor(send[rank], device=device())).cpu()
         assert recv.tolist() == [counts[rank] for counts in send]
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             for tail in ((5,), (), (2, 3)):
@@ -46,23 +47,23 @@ def check_rows(rank, world):
                     cotangents[to].split([c[to] for c in send])[rank] for to in range(world)
                 ]  # what each rank sends home
                 assert torch.equal(mine.grad, torch.cat(back))
-        ids = torch.arange(sum(send[rank])) + 100 * rank
+        ids = torch.arange(sum(send[rank]), device=device()) + 100 * rank
         assert all_to_all_rows(ids, torch.tensor(send[rank]), recv.tolist()).numel() == int(recv.sum())
-    strided = torch.randn(4, world).t()
+    strided = torch.randn(4, world, device=device()).t()
     assert torch.equal(all_to_all_rows(strided, [1] * world, [1] * world)[rank], strided[rank])
     # twice differentiable: the gradient's gradient goes forth again
-    x = torch.randn(world, 2, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(world, 2, dtype=torch.float64, device=device(), requires_grad=True)
     (g,) = torch.autograd.grad(all_to_all_rows(x, [1] * world, [1] * world).pow(3).sum(), x, create_graph=True)
     (h,) = torch.autograd.grad(g.sum(), x)
     torch.testing.assert_close(h, 6 * x.detach())
-    blocks = torch.arange(world * 2) + 10 * rank
+    blocks = torch.arange(world * 2, device=device()) + 10 * rank
     assert exchange_counts(blocks).tolist() == [2 * rank + i + 10 * r for r in range(world) for i in range(2)]
     check_bad_input(world)
 
 
 def check_bad_input(world):
     good = [1] * world
-    rows = torch.zeros(world, 2)
+    rows = torch.zeros(world, 2, device=device())
     for args, error, message in (
         ((rows, [1], good), ValueError, f"send_counts must hold {world} counts, one for each rank of the group, got 1"),
         ((rows, good, [-1] * world), ValueError, "recv_counts must hold integers of at least 0"),
@@ -79,8 +80,9 @@ def check_bad_input(world):
 
 
 @pytest.mark.parametrize("world", [2, 3])
-def test_rows_and_gradients(world):
-    run_ranks(check_rows, world, world)
+def test_rows_and_gradients(world, backend, enough):
+    enough(world)
+    run_ranks(check_rows, world, world, backend=backend)
 
 
 def one_dies(rank):

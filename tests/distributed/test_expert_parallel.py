@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from modules.cases import config
 from support.distributions import ids as ids_of
-from support.ranks import run_ranks
+from support.ranks import device, run_ranks
 
 from distributed.layers import CASES, LENGTH, SEQUENCES, batch, ep_mesh, full, near, pair
 from fastmoe_cpp.parallel import average_gradients, grad_norm
@@ -30,7 +30,7 @@ def same_as_one_rank(rank, mesh, case, sequences, routing=None):
     inputs, cotangents = batch(sequences, c.hidden_size), batch(sequences, c.hidden_size, seed=1)
     ids = None
     if routing is not None:
-        ids = ids_of(routing, sum(sequences) * LENGTH, c.num_experts, c.top_k, seed=3)[0]
+        ids = ids_of(routing, sum(sequences) * LENGTH, c.num_experts, c.top_k, seed=3)[0].to(device())
     out, x_grad = step(whole, torch.cat(inputs), torch.cat(cotangents), 1.0, ids)
     own = slice(sum(sequences[:rank]), sum(sequences[: rank + 1]))
     mine = slice(own.start * LENGTH, own.stop * LENGTH)
@@ -84,5 +84,6 @@ def check_ranks(rank, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_one_step_is_one_ranks(ranks):
-    run_ranks(check_ranks, ranks, ranks)
+def test_one_step_is_one_ranks(ranks, backend, enough):
+    enough(ranks)
+    run_ranks(check_ranks, ranks, ranks, backend=backend)

@@ -1,11 +1,13 @@
 """FSDP2 over one dimension of a mesh and expert parallelism over the other; checkpoints from m ranks to n."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
 from modules.cases import config
 from safetensors.torch import load_file
-from support.ranks import run_ranks
+from support.ranks import device, run_ranks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -56,7 +58,7 @@ class Model(nn.Module):
 
 def steps_of(first, last):
     g = torch.Generator().manual_seed(7)
-    inputs = torch.randn(FIRST + THEN, 4, 5, HIDDEN, dtype=torch.float64, generator=g)
+    inputs = torch.randn(FIRST + THEN, 4, 5, HIDDEN, dtype=torch.float64, generator=g).to(device())
     return inputs[first:last]
 
 
@@ -81,10 +83,10 @@ def made():
 
 def state_of(model, optimizer):
     """Every tensor, whole, by name: the model's and the optimizer's."""
-    out = {name: full(t).detach().clone() for name, t in model.state_dict().items()}
+    out = {name: full(t).detach().to("cpu", copy=True) for name, t in model.state_dict().items()}
     for name, p in model.named_parameters():
         for key, value in optimizer.state[p].items():
-            out[f"{name}/{key}"] = full(value).detach().clone()
+            out[f"{name}/{key}"] = full(value).detach().to("cpu", copy=True)
     return out
 
 
@@ -95,22 +97,24 @@ def assert_same(got, expected):
 
 
 def over_two_ranks(rank, folder):
-    model = Model()
+    model = Model().to(device())
     mesh = ep_mesh(2)
     parallelize_module(model, mesh, {"layers.*.moe": ExpertParallel()})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     norms = train(model, optimizer, 0, FIRST, rank, 2, mesh)
     save_checkpoint(folder, model, optimizer)
-    wider = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"moe": MoE(CONFIG)}) for _ in range(2))})
+    wider = nn.ModuleDict(
+        {"layers": nn.ModuleList(nn.ModuleDict({"moe": MoE(CONFIG, device=device())}) for _ in range(2))}
+    )
     with pytest.raises(ValueError, match=r"router.weight must be torch.float32 \[8, 16\], the checkpoint"):
         load_checkpoint(folder, wider)
     return norms
 
 
-def over_two_by_two(rank, before, after, export):
-    """Fully sharded over four ranks, the experts two by two; one of the layers sharded within the experts' weights."""
-    model = Model()
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+def over_two_dimensions(rank, shape, before, after, export):
+    """Fully sharded over all ranks, the experts over each dimension; a layer of them within the experts' weights."""
+    model = Model().to(device())
+    mesh = init_device_mesh(device().type, shape, mesh_dim_names=("dp", "ep"))
     everyone = mesh["dp", "ep"]._flatten("everyone")
     parallelize_module(model, mesh["ep"], {"layers.*.moe": ExpertParallel(balance_group=everyone.get_group())})
     fully_shard(model.layers[0].moe.experts, mesh=mesh["dp"])
@@ -121,21 +125,24 @@ def over_two_by_two(rank, before, after, export):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     load_checkpoint(before, model, optimizer)
     loaded = state_of(model, optimizer)
-    norms = train(model, optimizer, FIRST, FIRST + THEN, rank, 4)
+    norms = train(model, optimizer, FIRST, FIRST + THEN, rank, mesh.size())
     save_checkpoint(after, model, optimizer)
     export_safetensors(export, model, {"format": "pt"})
     return loaded, norms
 
 
-def test_from_two_ranks_to_two_by_two_to_one(tmp_path):
+@pytest.mark.parametrize("shape", [(2, 2), (2, 1), (1, 2)])
+def test_from_two_ranks_to_two_dimensions_to_one(shape, tmp_path, backend, enough):
+    enough(math.prod(shape))
     before, after, export = (str(tmp_path / name) for name in ("before", "after", "model.safetensors"))
     whole, optimizer = made()
     norms = train(whole, optimizer, 0, FIRST)
-    got = run_ranks(over_two_ranks, 2, before)
+    got = run_ranks(over_two_ranks, 2, before, backend=backend)
     assert got[0] == pytest.approx(norms, rel=1e-9) and got[0] == got[1]
     halfway = state_of(whole, optimizer)
     norms = train(whole, optimizer, FIRST, FIRST + THEN)
-    for loaded, got_norms in run_ranks(over_two_by_two, 4, before, after, export):
+    results = run_ranks(over_two_dimensions, math.prod(shape), shape, before, after, export, backend=backend)
+    for loaded, got_norms in results:
         assert_same(loaded, halfway)
         assert got_norms == pytest.approx(norms, rel=1e-9)
     finished = state_of(whole, optimizer)

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from modules.cases import config
 from support.distributions import ids as ids_of
-from support.ranks import run_ranks
+from support.ranks import device, run_ranks
 from support.tolerance import BACKWARD, close
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -62,11 +62,11 @@ def train(model, inputs, targets, mesh=None):
 
 def check_training(rank, ranks):
     torch.manual_seed(0)
-    whole = Model()
+    whole = Model().to(device())
     # a step's tokens grow more alike: uniform to all to few experts
     inputs = torch.randn(STEPS, 4, 3, 16, dtype=torch.float64)
     inputs = inputs + torch.linspace(0, 3, STEPS)[:, None, None, None] * torch.randn(16, dtype=torch.float64)
-    targets = torch.randn_like(inputs)
+    inputs, targets = (x.to(device()) for x in (inputs, torch.randn_like(inputs)))
     spread = copy.deepcopy(whole)
     if rank:
         for p in spread.parameters():
@@ -91,8 +91,9 @@ def check_training(rank, ranks):
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_hundred_steps_are_one_ranks(ranks):
-    run_ranks(check_training, ranks, ranks)
+def test_a_hundred_steps_are_one_ranks(ranks, backend, enough):
+    enough(ranks)
+    run_ranks(check_training, ranks, ranks, backend=backend)
 
 
 def check_narrow_types(rank, ranks):
@@ -107,7 +108,7 @@ def check_narrow_types(rank, ranks):
             eager = {n: p.detach().clone() for n, p in ((n, full(p)) for n, p in layers[0].named_parameters())}
             truth = {n: p.double() for n, p in eager.items()}
             inputs, cotangents = (batch(sequences, c.hidden_size, seed, dtype) for seed in (0, 1))
-            ids = ids_of(routing, sum(sequences) * 2, c.num_experts, c.top_k)[0]
+            ids = ids_of(routing, sum(sequences) * 2, c.num_experts, c.top_k)[0].to(device())
             x = inputs[rank].clone().requires_grad_()
             out = spread.forward_with_routing(x, topk_ids=ids[own.start * 2 : own.stop * 2]).hidden_states
             out.backward(cotangents[rank] * ranks)
@@ -128,8 +129,8 @@ def check_narrow_types(rank, ranks):
                 )  # fmt: skip
 
 
-def test_float32_and_bfloat16_are_as_near_as_eager_torch():
-    run_ranks(check_narrow_types, 2, 2)
+def test_float32_and_bfloat16_are_as_near_as_eager_torch(backend):
+    run_ranks(check_narrow_types, 2, 2, backend=backend)
 
 
 def refused(rank, ranks, kind):
@@ -146,7 +147,7 @@ def refused(rank, ranks, kind):
         dtype = torch.bfloat16 if rank else torch.float32
     elif kind == "divides":
         fields = {"num_experts": 7}
-    module = nn.Linear(2, 2) if kind == "module" else MoE(config(**fields), dtype=dtype)
+    module = nn.Linear(2, 2) if kind == "module" else MoE(config(**fields), device=device(), dtype=dtype)
     try:
         parallelize_module(nn.ModuleDict({"moe": module}), mesh, {"moe": ExpertParallel(**style)})
     except ValueError as error:
@@ -187,17 +188,17 @@ def check_settings(rank, ranks):
 
     with pytest.raises(ValueError, match="ExpertParallel must be applied to a layer once"):
         parallelize_module(spread, mesh, ExpertParallel())
-    two = init_device_mesh("cpu", (ranks, 1), mesh_dim_names=("ep", "tp"))
+    two = init_device_mesh(device().type, (ranks, 1), mesh_dim_names=("ep", "tp"))
     with pytest.raises(ValueError, match="ExpertParallel needs a mesh of one dimension"):
         ExpertParallel()._apply(MoE(c), two)
-    sharded = MoE(c)
+    sharded = MoE(c, device=device())
     fully_shard(sharded, mesh=mesh)
     with pytest.raises(ValueError, match="ExpertParallel must be applied before fully_shard"):
         parallelize_module(sharded, mesh, ExpertParallel())
 
 
-def test_ranks_that_differ_are_refused_on_every_rank():
-    answers = run_ranks(check_all_settings, 2, 2)
+def test_ranks_that_differ_are_refused_on_every_rank(backend):
+    answers = run_ranks(check_all_settings, 2, 2, backend=backend)
     same = "must be the same on every rank, got"
     expected = {
         "hidden_size": f"ExpertParallel: hidden_size {same} 16 on rank 0 and 24 on rank 1",

@@ -17,33 +17,16 @@ import finetune_transformers as example  # noqa: E402
 SHORT = "--steps 4 --batch-size 2 --context 24 --eval-every 2 --sample 8".split()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(24):
-        lines = [f"def f{i}(x):\n    return x * {i * number} + {i % 7}\n" for i in range(20)]
-        (folder / f"file{number:02}.py").write_text("\n".join(lines))
-    return str(folder)
-
-
 def run(capsys, *arguments):
     example.main([*SHORT, *map(str, arguments)])
     return capsys.readouterr().out
 
 
 @pytest.mark.parametrize("family", example.FAMILIES)
-def test_a_family_beside_its_own_experts(family, text, tmp_path, capsys):
+def test_a_family_beside_its_own_experts(family, folder, tmp_path, capsys):
     if family == "gpt_oss" and example.MAJOR < 5:
         pytest.skip("transformers 4's gpt-oss is not served")
-    out = run(capsys, "--family", family, "--data", text, "--compare", "--out", tmp_path / "out")
+    out = run(capsys, "--family", family, "--data", folder, "--compare", "--out", tmp_path / "out")
     gap = float(re.search(r"largest relative difference of a loss: (\S+)", out)[1])
     assert gap < 1e-5
     lines = re.findall(r"^ +(\d+) +([\d.]+) +([\d.]+)$", out, re.MULTILINE)
@@ -54,13 +37,15 @@ def test_a_family_beside_its_own_experts(family, text, tmp_path, capsys):
     assert saved.config.model_type == family
 
 
-def test_it_learns(text, tmp_path, capsys):
-    out = run(capsys, "--data", text, "--steps", 40, "--eval-every", 40, "--out", tmp_path, "--checkpoint-activations")
+def test_it_learns(folder, tmp_path, capsys):
+    out = run(
+        capsys, "--data", folder, "--steps", 40, "--eval-every", 40, "--out", tmp_path, "--checkpoint-activations"
+    )
     bits = [float(b) for b in re.findall(r"^ +\d+ +([\d.]+)$", out, re.MULTILINE)]
     assert bits[-1] < 0.5 * bits[0]
 
 
-def checkpoint(folder: Path, text: str) -> None:
+def checkpoint(folder: Path, text: Path) -> None:
     """A model and a tokenizer, as a hub's folder has them."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -68,7 +53,7 @@ def checkpoint(folder: Path, text: str) -> None:
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<end>"], initial_alphabet=alphabet)
-    tokenizer.train([str(p) for p in Path(text).iterdir()], trainer)
+    tokenizer.train([str(p) for p in text.glob("*.py")], trainer)
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
     fast.save_pretrained(folder)
     config = transformers.OlmoeConfig(
@@ -77,10 +62,10 @@ def checkpoint(folder: Path, text: str) -> None:
     transformers.OlmoeForCausalLM(config).save_pretrained(folder)
 
 
-def test_a_checkpoint_s_folder(text, tmp_path, capsys):
-    checkpoint(tmp_path / "base", text)
+def test_a_checkpoint_s_folder(folder, tmp_path, capsys):
+    checkpoint(tmp_path / "base", folder)
     out = run(
-        capsys, "--model", tmp_path / "base", "--data", text, "--compare", "--learning-rate", "2e-3",
+        capsys, "--model", tmp_path / "base", "--data", folder, "--compare", "--learning-rate", "2e-3",
         "--dtype", "bf16", "--out", tmp_path / "tuned",
     )  # fmt: skip
     assert "held-out bits a token" in out
@@ -92,13 +77,13 @@ def test_a_checkpoint_s_folder(text, tmp_path, capsys):
     assert tokenizer.decode(tokenizer.encode("def f(x):")) == "def f(x):"
 
 
-def test_low_rank_adapters(text, tmp_path, capsys):
+def test_low_rank_adapters(folder, tmp_path, capsys):
     missing = "transformers 5" if example.MAJOR < 5 else "peft: `pip install peft` installs it"
     if example.MAJOR < 5 or importlib.util.find_spec("peft") is None:
         with pytest.raises(SystemExit, match=f"--lora needs {missing}"):
-            run(capsys, "--data", text, "--lora", "--out", tmp_path)
+            run(capsys, "--data", folder, "--lora", "--out", tmp_path)
         return
-    out = run(capsys, "--data", text, "--lora", "--compare", "--rank", 2, "--out", tmp_path / "adapter")
+    out = run(capsys, "--data", folder, "--lora", "--compare", "--rank", 2, "--out", tmp_path / "adapter")
     total, trained = (
         int(n.replace(",", "")) for n in re.search(r"([\d,]+) parameters, ([\d,]+) trained", out).groups()
     )
@@ -124,11 +109,11 @@ def test_bad_input_gets_one_sentence(arguments, message, tmp_path):
         example.main([*SHORT, *arguments, "--out", str(tmp_path)])
 
 
-def test_a_dense_checkpoint_is_refused(text, tmp_path):
+def test_a_dense_checkpoint_is_refused(folder, tmp_path):
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, vocab_size=300)).save_pretrained(tmp_path)
-    checkpoint(tmp_path / "moe", text)
+    checkpoint(tmp_path / "moe", folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tmp_path / "moe" / name).read_bytes())
     with pytest.raises(SystemExit, match="finetune_transformers: LlamaForCausalLM can't be served"):
-        example.main([*SHORT, "--model", str(tmp_path), "--data", text, "--out", str(tmp_path / "out")])
+        example.main([*SHORT, "--model", str(tmp_path), "--data", str(folder), "--out", str(tmp_path / "out")])

@@ -22,26 +22,6 @@ TINY = (
 ).split()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # tiny products are not worth waking threads for
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Thirty text files, and one that is not text."""
-    folder = tmp_path_factory.mktemp("text")
-    for number in range(30):
-        lines = [f"def f{i}(x):\n    return x * {i * number} + {i % 7}\n" for i in range(60)]
-        (folder / f"file{number:02}.py").write_text("\n".join(lines))
-    (folder / "picture.bin").write_bytes(bytes(range(256)))
-    return folder
-
-
 def run(folder: Path, out: Path, *more: str) -> int:
     return train_text.main(["--data", str(folder), "--out", str(out), *TINY, *more])
 

@@ -20,12 +20,12 @@ def make(gate=NaiveGate, top_k=2, activation=None, dtype=torch.float64, **kwargs
     return layer.to(dtype)
 
 
-def tokens(*shape, dtype=torch.float64):
-    return torch.randn(*(shape or (T,)), D, dtype=torch.float64).to(dtype).requires_grad_()
+def tokens(*shape, dtype=torch.float64, device="cpu"):
+    return torch.randn(*(shape or (T,)), D, dtype=torch.float64).to(device, dtype).requires_grad_()
 
 
 def gradients(layer, x, output):
-    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype).reshape(output.shape)
+    weights = torch.linspace(-1, 2, output.numel(), dtype=output.dtype, device=output.device).reshape(output.shape)
     wanted = {"x": x} | dict(layer.named_parameters())
     grads = torch.autograd.grad((output * weights).sum(), list(wanted.values()), allow_unused=True, retain_graph=True)
     return dict(zip(wanted, grads, strict=True))
@@ -46,7 +46,7 @@ def by_formula(layer, x, seed=None):
     """The gate's own choices (its tests are elsewhere), the experts by hand."""
     if seed is not None:
         torch.manual_seed(seed)
-    flat = x.reshape(-1, D)
+    flat = x.reshape(-1, x.shape[-1])
     ids, scores = layer.gate(flat)
     experts = reference.mlps(layer.experts.htoh4, layer.experts.h4toh, layer.experts.activation)
     return reference.moe(flat, ids, scores, experts).reshape(x.shape)

@@ -242,6 +242,8 @@ def test_general_forward():
     assert_same({"y": output}, {"y": x.repeat_interleave(2, 0) * 3 * (gate.view(-1, 1) >= 0)})
     one = _fmoe_general_global_forward(x, gate[:, 0], lambda rows, counts: rows, E, 1, experts=None)
     assert_same({"y": one}, {"y": x * (gate[:, :1] >= 0)})
+    for none in (gate[:0], gate[:0, 0]):
+        assert _fmoe_general_global_forward(x[:0], none, lambda rows, counts: rows, E, 1).shape == (0, D)
 
 
 def test_linear():

@@ -2,16 +2,13 @@ import importlib.metadata
 import os
 
 import pytest
-import torch
+from support import threads
 
 
-@pytest.fixture(autouse=True, scope="package")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """Models of a test's size gain nothing from a second thread and wait for it where the cores are busy."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads.one_thread():
+        yield
 
 
 def require(package: str, series: str) -> None:

@@ -106,7 +106,7 @@ MUTANTS = (
         "input_gradient_without_the_weight_on_input",
         CPU + "experts_backward.cpp",
         "                      weight_on_input ? e.routing_weights.template const_data_ptr<A>() : nullptr,",
-        "                      nullptr,",
+        "                      static_cast<const A*>(nullptr),",
         f"{GRADCHECK} -k experts",
     ),
     Mutant(

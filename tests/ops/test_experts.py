@@ -226,6 +226,45 @@ def test_recompute_gives_the_same_bits(dtype, bias, device):
         assert torch.equal(kept, again)
 
 
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("weight_on_input", [False, True])
+@pytest.mark.parametrize("kind,extra", [("dropped", 0), ("dropped", 2), ("nobody", 0), ("nobody", 1), ("uniform", 0)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_plan_of_fewer_slots_than_pairs(dtype, kind, extra, weight_on_input, recompute, device):
+    """Slots that nobody has can be cut off: the same bits, and as many rows less."""
+    tokens, experts, top_k, hidden, inner = 40, 8, 4, 128, 64
+    options = {"dtype": dtype, "device": device, "bias": True}
+    inputs = experts_inputs(
+        tokens, hidden, inner, experts, top_k, distribution=kind.replace("nobody", "uniform"), **options
+    )
+    if kind == "nobody":
+        inputs["topk_ids"].fill_(-1)
+    plan = dispatch(inputs["topk_ids"], experts)
+    served = int(plan.expert_offsets[-1])
+    cut = (plan.slot_index[: served + extra], *plan[1:3])
+    cotangent = normal(tokens, hidden, seed=9, dtype=dtype, device=device)
+    results = []
+    for p in (plan[:3], cut):
+        given = leaves(inputs)
+        out = run_experts(given, p, weight_on_input=weight_on_input, recompute=recompute)
+        rows = ops.gather(given["hidden_states"], *p)
+        summed = ops.combine(rows, given["topk_weights"], *p)
+        assert rows.shape == (p[0].numel(), hidden)
+        kept = [out, summed, rows[:served]]
+        for made in (out, summed):
+            kept += torch.autograd.grad(
+                made, [given[n] for n in LEAVES if n in given], cotangent, allow_unused=True, retain_graph=True
+            )
+        results.append(kept)
+    for full, few in zip(*results, strict=True):
+        assert (full is None and few is None) or torch.equal(full, few)
+    if served and device == "cpu":
+        with pytest.raises(
+            ValueError, match=f"expert_offsets must end at or below the number of rows {served - 1}, got"
+        ):
+            run_experts(inputs, (plan.slot_index[: served - 1], *plan[1:3]))
+
+
 @pytest.mark.parametrize("wanted", range(64), ids="{:06b}".format)
 def test_every_subset_of_gradients(wanted, device):
     """A gradient nobody wants is an empty tensor, and what others get does not depend on it."""

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+from support import threads
 from support.samples import dispatch, experts_inputs, leaves, ops, run_experts
 
 
@@ -41,17 +42,9 @@ def failing_step(i, device):
         ops.route(inputs["hidden_states"], 17 + i % 5)
 
 
-@pytest.fixture
-def one_thread():
-    """Small steps on a busy machine would spend their time waiting for threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("kind,count", [(step, 600), (failing_step, 1200)])
-def test_no_growth(kind, count, device, one_thread):
+@threads.one_thread()
+def test_no_growth(kind, count, device):
     def used():
         gc.collect()
         return torch.cuda.memory_allocated() if device == "cuda" else resident()

@@ -47,6 +47,8 @@ class Setting:
         self.ids = ids.to(device)
         self.weights = self.leaf(weights.to(device=device, dtype=self.wide))
         self.plan = dispatch(self.ids, experts, capacity=3)
+        # as many slots as the plan serves, and one that is nobody's
+        self.cut = (self.plan[0][: min(int(self.plan[2][-1]) + 1, tokens * top_k)], *self.plan[1:3])
         self.seeds = iter(range(100, 10000))
 
     def leaf(self, t):
@@ -115,12 +117,14 @@ def _(s):
 
 @of("gather")
 def _(s):
-    return [Call((s.new(s.tokens, s.hidden), *s.plan[:3]))]
+    x = s.new(s.tokens, s.hidden)
+    return [Call((x, *s.plan[:3])), Call((x, *s.cut))]
 
 
 @of("gather_backward")
 def _(s):
-    return [Call((s.new(s.tokens * s.top_k, s.hidden), s.plan.token_slot))]
+    rows = s.new(s.tokens * s.top_k, s.hidden, leaf=False)
+    return [Call((s.leaf(rows[:n]), s.plan.token_slot)) for n in (len(rows), len(s.cut[0]))]
 
 
 def _experts(s, bias):
@@ -137,7 +141,7 @@ def _experts(s, bias):
     )
     x, up, down = (s.leaf(made[n]) for n in ("hidden_states", "gate_up_proj", "down_proj"))
     biases = tuple(s.leaf(made[n]) if bias else None for n in ("gate_up_bias", "down_bias"))
-    return (x, up, down, s.weights, *s.plan[:3]), biases
+    return (x, up, down, s.weights, *(s.cut if bias else s.plan[:3])), biases
 
 
 @of("experts")
@@ -182,8 +186,8 @@ def _(s):
 
 @of("combine")
 def _(s):
-    rows = s.new(s.tokens * s.top_k, s.hidden)
-    return [Call((rows, s.weights, *s.plan[:3])), Call((rows, None, *s.plan[:3]))]
+    rows, few = s.new(s.tokens * s.top_k, s.hidden), s.new(len(s.cut[0]), s.hidden)
+    return [Call((rows, s.weights, *s.plan[:3])), Call((rows, None, *s.plan[:3])), Call((few, s.weights, *s.cut))]
 
 
 @of("combine_backward")
@@ -191,6 +195,7 @@ def _(s):
     grad, rows = s.new(s.tokens, s.hidden), s.new(s.tokens * s.top_k, s.hidden)
     return [
         Call((grad, rows, s.weights, *s.plan[:3], [True, True])),
+        Call((grad, s.new(len(s.cut[0]), s.hidden), s.weights, *s.cut, [True, True])),
         Call((grad, rows, None, *s.plan[:3], [True, False])),
     ]
 

@@ -1,4 +1,4 @@
-"""Processes that are the ranks of one gloo group, for tests of what runs over several."""
+"""Processes that are the ranks of one group, by gloo on the CPU or NCCL with a GPU each, for tests that need them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+_device = torch.device("cpu")
+
+
+def device() -> torch.device:
+    """Where this rank's tensors belong: its own GPU under NCCL, else the CPU."""
+    return _device
+
 
 class RankFailed(AssertionError):
     """Some ranks raised, died or did not end in time: what each of them has to say."""
@@ -25,15 +32,19 @@ _PRELOAD = ["support.ranks", "fastmoe_cpp.parallel", "torch.distributed.fsdp"]
 
 
 def _rank(
-    rank: int, world_size: int, folder: str, timeout: float, environment: dict[str, str], fn: Callable[..., Any],
-    args: tuple,
+    rank: int, world_size: int, backend: str, folder: str, timeout: float, environment: dict[str, str],
+    fn: Callable[..., Any], args: tuple,
 ) -> None:  # fmt: skip
+    global _device
     torch.set_num_threads(1)
     os.environ.clear()
     os.environ.update(environment)
     try:
+        if backend == "nccl":
+            _device = torch.device("cuda", rank)
+            torch.cuda.set_device(_device)
         dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
+            backend, init_method=f"file://{folder}/store", rank=rank, world_size=world_size,
             timeout=timedelta(seconds=timeout),
         )  # fmt: skip
         result = fn(rank, *args)
@@ -45,18 +56,26 @@ def _rank(
         os._exit(1)
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:
-    """fn(rank, *args) in world_size new processes that form the default gloo group; their results, in rank order.
+def run_ranks(
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout: float = 120.0,
+    backend: str = "gloo",
+    grace: float = 5.0,
+) -> list[Any]:
+    """fn(rank, *args) in world_size new processes that form the default group; their results, in rank order.
 
     fn is a function of a module's top level, and args can be pickled; results are what torch.save can write. Where a
-    rank fails the others are ended, at the latest after `timeout` seconds, and RankFailed shows every rank's traceback.
+    rank fails the others are ended `grace` seconds later, at the latest after `timeout` seconds, and RankFailed shows
+    every rank's traceback. backend 'nccl' gives each rank the GPU of its number, which is its `device()`.
     """
     with tempfile.TemporaryDirectory() as folder:
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(_PRELOAD)
         ranks = [
             context.Process(
-                target=_rank, args=(rank, world_size, folder, timeout, dict(os.environ), fn, args), daemon=True
+                target=_rank, args=(rank, world_size, backend, folder, timeout, dict(os.environ), fn, args), daemon=True
             )
             for rank in range(world_size)
         ]
@@ -66,7 +85,7 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any, timeout: floa
         while any(p.is_alive() for p in ranks) and time.monotonic() < end:
             if any(p.exitcode for p in ranks):
                 # the others of a failed rank learn of it soon, and what they say belongs to the report
-                end = min(end, time.monotonic() + 5)
+                end = min(end, time.monotonic() + grace)
             for process in ranks:
                 process.join(0.05)
         late = [rank for rank, p in enumerate(ranks) if p.is_alive()]

@@ -20,7 +20,8 @@ struct ExpertShape {
   double alpha, limit;   // ClampedSwiGLU only
   bool interleaved;      // gate and up rows alternate in gate_up_proj and its bias (never in pre_activation)
   bool weight_on_input;  // the routing weight scales the up projection's result instead of the down projection's
-  int64_t slots() const { return tokens * top_k; }
+  int64_t plan_slots;    // P
+  int64_t slots() const { return plan_slots; }
   int64_t up_rows() const { return is_gated(activation) ? 2 * intermediate : intermediate; }
 };
 

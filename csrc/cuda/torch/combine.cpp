@@ -44,6 +44,7 @@ std::tuple<Tensor, Tensor> combine_backward_op(const Tensor& grad_output, const 
   p.hidden = rows.size(1);
   p.top_k = static_cast<int>(token_slot.size(1));
   p.experts = static_cast<int>(expert_offsets.size(0) - 1);
+  p.slots = rows.size(0);
   p.token_slot = token_slot.const_data_ptr<int32_t>();
   p.expert_offsets = expert_offsets.const_data_ptr<int32_t>();
   p.weights = data_or_null(w);

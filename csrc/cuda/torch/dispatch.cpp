@@ -66,6 +66,7 @@ Tensor gather_op(const Tensor& hidden_states, const Tensor& slot_index, const Te
   p.hidden = x.size(1);
   p.top_k = static_cast<int>(token_slot.size(1));
   p.experts = static_cast<int>(expert_offsets.size(0) - 1);
+  p.slots = rows.size(0);
   p.token_slot = token_slot.const_data_ptr<int32_t>();
   p.expert_offsets = expert_offsets.const_data_ptr<int32_t>();
   p.grad_output = x.const_data_ptr();

@@ -83,6 +83,7 @@ struct Operands {
     shape.limit = limit;
     shape.interleaved = interleaved && is_gated(shape.activation);
     shape.weight_on_input = weight_on_input;
+    shape.plan_slots = slot_index.size(0);
     plan.slot_index = slot_index.const_data_ptr<int32_t>();
     plan.token_slot = token_slot.const_data_ptr<int32_t>();
     plan.expert_offsets = expert_offsets.const_data_ptr<int32_t>();
@@ -139,6 +140,7 @@ std::tuple<Tensor, Tensor> experts_forward_op(const Tensor& hidden_states, const
   Tensor pre = keep_pre_activation ? o.slot_rows(o.shape.up_rows()) : at::empty({0}, hidden_states.options());
   Tensor out = at::empty({o.shape.tokens, o.shape.hidden}, hidden_states.options());
   if (o.shape.tokens == 0 || o.shape.hidden == 0) return {out, pre};
+  if (o.shape.slots() == 0) return {out.zero_(), pre};
   const Tensor rows = o.slot_rows(o.shape.hidden);
   {
     const Tensor act = o.slot_rows(o.shape.intermediate);
@@ -225,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_op(
       C10_CUDA_CHECK(run.act_grad(p, scratch.mutable_data_ptr(), stream));
     }
     if (want_dot) {
-      C10_CUDA_CHECK(slots_to_pairs({o.shape.dtype, o.shape.slots(), o.plan.token_slot, by_slot.const_data_ptr(),
+      C10_CUDA_CHECK(slots_to_pairs({o.shape.dtype, grad_weights.numel(), o.plan.token_slot, by_slot.const_data_ptr(),
                                      grad_weights.mutable_data_ptr()},
                                     stream));
     }
@@ -248,6 +250,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_op(
       p.hidden = o.shape.hidden;
       p.top_k = o.shape.top_k;
       p.experts = o.shape.experts;
+      p.slots = o.shape.slots();
       p.token_slot = o.plan.token_slot;
       p.expert_offsets = o.plan.expert_offsets;
       p.grad_output = o.hidden.const_data_ptr();

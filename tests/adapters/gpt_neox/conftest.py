@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 from . import real, small
 
@@ -33,3 +34,10 @@ def host(era):
         undo = gpt_neox.install()
         yield small
         undo()
+
+
+@pytest.fixture(autouse=True)
+def device_of_new_layers(request, monkeypatch):
+    """A host with a GPU makes its layers there; tests of the CPU want them here."""
+    if "cuda" not in request.keywords:
+        monkeypatch.setattr("megatron_adapters.gpt_neox.dropless._device", lambda: torch.device("cpu"))

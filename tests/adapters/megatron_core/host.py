@@ -94,8 +94,10 @@ def without_gpu() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ranks(rank: int = 0, size: int = 1, store: dist.Store | None = None, **sizes: int) -> Iterator[None]:
-    """Megatron-Core's process groups over gloo; sizes go to initialize_model_parallel."""
-    dist.init_process_group("gloo", store=store or dist.HashStore(), rank=rank, world_size=size)
+    """Megatron-Core's process groups over gloo, and NCCL for the GPU of one rank; sizes go to
+    initialize_model_parallel."""
+    backend = "cpu:gloo,cuda:nccl" if size == 1 and torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=store or dist.HashStore(), rank=rank, world_size=size)
     try:
         parallel_state.initialize_model_parallel(**sizes)
         yield

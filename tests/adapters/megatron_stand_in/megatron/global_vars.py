@@ -1,8 +1,9 @@
-"""What the host keeps for the whole process."""
+"""What the host keeps for the whole process, and the device that stands for its GPU."""
 
 _GLOBAL_ARGS = None
 _GLOBAL_NUM_MICROBATCHES_CALCULATOR = None
 _GLOBAL_TIMERS = None
+_DEVICE = "cpu"
 
 
 class Timers:

@@ -38,7 +38,8 @@ class ParallelTransformerLayer(nn.Module):
         self.mlp = ParallelMLP()
 
     def forward(self, hidden_states):
-        seen = torch.arange(1, hidden_states.shape[0] + 1, dtype=hidden_states.dtype).view(-1, 1, 1)
+        seen = torch.arange(1, hidden_states.shape[0] + 1, dtype=hidden_states.dtype, device=hidden_states.device)
+        seen = seen.view(-1, 1, 1)
         mean = self.input_layernorm(hidden_states).cumsum(dim=0) / seen
         residual = hidden_states + self.self_attention(mean)
         mlp_output, mlp_bias = self.mlp(self.post_attention_layernorm(residual))

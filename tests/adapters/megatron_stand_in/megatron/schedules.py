@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from . import get_args, get_num_microbatches, mpu
+from . import get_args, get_num_microbatches, global_vars, mpu
 from .model import DistributedDataParallel as LocalDDP
 from .model import Float16Module
 
@@ -58,7 +58,7 @@ def receive_forward():
         return None
     args = get_args()
     shape = (args.seq_length, args.micro_batch_size, args.hidden_size)
-    tensor = torch.empty(shape, dtype=args.params_dtype)
+    tensor = torch.empty(shape, dtype=args.params_dtype, device=global_vars._DEVICE)
     dist.recv(tensor, _neighbour(-1))
     return tensor.requires_grad_()
 

@@ -34,6 +34,7 @@ def get_model(model_provider_func):
     args = get_args()
     first, last = mpu.is_pipeline_first_stage(), mpu.is_pipeline_last_stage()
     model = model_provider_func() if VERSION == "2.2" else model_provider_func(pre_process=first, post_process=last)
+    model.to(global_vars._DEVICE)
     for parameter in model.parameters():
         mpu.set_defaults_if_not_set_tensor_model_parallel_attributes(parameter)
     if args.fp16 or getattr(args, "bf16", False):

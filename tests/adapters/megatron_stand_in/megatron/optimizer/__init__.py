@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 
-from .. import VERSION, get_args, mpu
+from .. import VERSION, get_args, global_vars, mpu
 from .clip_grads import clip_grad_norm_fp32  # replaced by install()
 
 _KIND = "fp16" if VERSION == "2.2" else "float16"
@@ -20,7 +20,7 @@ class FP32Optimizer:
         return self.optimizer.param_groups
 
     def get_loss_scale(self):
-        return torch.ones(1)
+        return torch.ones(1, device=global_vars._DEVICE)
 
     def scale_loss(self, loss):
         return self.get_loss_scale() * loss
@@ -71,8 +71,9 @@ class Float16Optimizer(FP32Optimizer):
         super().__init__(optimizer)
         args = get_args()
         self.dynamic = args.loss_scale is None and args.fp16
-        self.scale = torch.tensor([args.loss_scale or (args.initial_loss_scale if args.fp16 else 1.0)])
-        self.found_inf = torch.zeros(1)
+        scale = args.loss_scale or (args.initial_loss_scale if args.fp16 else 1.0)
+        self.scale = torch.tensor([scale], device=global_vars._DEVICE)
+        self.found_inf = torch.zeros(1, device=global_vars._DEVICE)
         halves, mains = [], []
         for group in optimizer.param_groups:
             halves.append(list(group["params"]))
