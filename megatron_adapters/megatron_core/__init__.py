@@ -19,9 +19,9 @@ except ImportError as error:
 
 from .configuration import FIELDS, check, moe_config
 from .experts import GroupedExperts
-from .layer import FastMoELayer
+from .layer import FastMoELayer, moe_submodules
 from .router import TopKRouter
-from .specs import install, moe_submodules, use_fastmoe_cpp
+from .specs import install, use_fastmoe_cpp
 
 __all__ = [
     "FIELDS",

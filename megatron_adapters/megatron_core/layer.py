@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from typing import Any
 
 import torch
 from megatron.core import tensor_parallel
-from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.models.backends import LocalSpecProvider
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +23,16 @@ from fastmoe_cpp.parallel import all_to_all_rows, exchange_counts
 from .configuration import check
 from .experts import GroupedExperts
 from .router import TopKRouter
+
+
+def moe_submodules(shared_experts: Any = None) -> MoESubmodules:
+    """Our experts and router as the parts of a MoELayer; shared_experts is the host's builder of them, by default its
+    SharedExpertMLP on its own linear layers."""
+    if shared_experts is None:
+        local = LocalSpecProvider()
+        linears = MLPSubmodules(linear_fc1=local.column_parallel_linear(), linear_fc2=local.row_parallel_linear())
+        shared_experts = functools.partial(SharedExpertMLP, submodules=linears)
+    return MoESubmodules(experts=GroupedExperts, shared_experts=shared_experts, router=TopKRouter)
 
 
 class FastMoELayer(MoELayer):
@@ -38,8 +52,6 @@ class FastMoELayer(MoELayer):
         is_mtp_layer: bool = False,
         name: str | None = None,
     ) -> None:
-        from .specs import moe_submodules
-
         check(config)
         shared = getattr(submodules, "shared_experts", None)
         submodules = moe_submodules() if submodules is None else submodules

@@ -9,31 +9,29 @@ data-parallel ranks of the step (global_aux_loss).
 from __future__ import annotations
 
 import inspect
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from megatron.core.transformer.moe.router import TopKRouter as HostTopKRouter
 from torch import Tensor
 
-from fastmoe_cpp import ops
+from fastmoe_cpp import RouterConfig, ops
 from fastmoe_cpp.losses import probabilities
-
-if TYPE_CHECKING:
-    from .router import TopKRouter
 
 
 def attach(
-    router: TopKRouter, weights: Tensor, ids: Tensor, scores: Tensor, mask: Tensor | None, sequences: int
-) -> Tensor:
-    """weights [T, K] with every configured balance loss of the router attached.
+    router: HostTopKRouter, c: RouterConfig, coefficients: dict[str, float], weights: Tensor, ids: Tensor,
+    scores: Tensor, mask: Tensor | None, sequences: int,
+) -> Tensor:  # fmt: skip
+    """weights [T, K] of a router that routes by c, with a balance loss attached for each name in coefficients.
 
     ids [T, K] and scores [T, E] are of tokens in the order [s, b] with `sequences` = b; mask [T] is True for padding.
     """
-    c = router.moe_config.router
     probs = probabilities(scores, c.score_function)
     if c.sinkhorn or c.expert_bias or c.num_groups > 1 or router.router_replay is not None:
         # the choices the probabilities alone would make
         ids = ops.route(probs.detach(), router.topk, scores_after_topk=True)[1]
-    for name, coefficient in router.aux_losses.items():
+    for name, coefficient in coefficients.items():
         weights = _ATTACH[name](router, coefficient, weights, ids, probs, mask, sequences)
     return weights
 
@@ -45,7 +43,7 @@ def _reduced(counts: Tensor, group: Any) -> Tensor:
     return counts
 
 
-def _loss(router: TopKRouter, coefficient: float, probs: Tensor, counts: Tensor, tokens: Any, mask: Tensor | None):
+def _loss(router: HostTopKRouter, coefficient: float, probs: Tensor, counts: Tensor, tokens: Any, mask: Tensor | None):
     """coefficient * E / (K * tokens^2) * sum of counts [S, E] * (sum over l of probs [S, L, E])."""
     share = counts.to(probs.dtype) / tokens / tokens
     return ops.balance_loss(probs, share, coefficient * router.num_experts / router.topk, mask)

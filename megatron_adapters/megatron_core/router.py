@@ -76,7 +76,9 @@ class TopKRouter(HostTopKRouter):
             logits = self.apply_z_loss(logits, **({} if mask is None else {"padding_mask": mask}))
         weights, ids, scores = self._select(logits)
         if self.training and torch.is_grad_enabled() and self.aux_losses:
-            weights = losses.attach(self, weights, ids, scores, mask, sequences)
+            weights = losses.attach(
+                self, self.moe_config.router, self.aux_losses, weights, ids, scores, mask, sequences
+            )
         if self.expert_bias is not None and self.training:
             counts = ops.expert_counts(ids[None], self.num_experts, None if mask is None else mask[None])
             ops.accumulate_load(self.local_tokens_per_expert, counts[0])

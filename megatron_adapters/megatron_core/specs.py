@@ -7,25 +7,12 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core.models.backends import LocalSpecProvider
-from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
-from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from .experts import GroupedExperts
-from .layer import FastMoELayer
+from .layer import FastMoELayer, moe_submodules
 from .router import TopKRouter
-
-
-def moe_submodules(shared_experts: Any = None) -> MoESubmodules:
-    """Our experts and router as the parts of a MoELayer; shared_experts is the host's builder of them, by default its
-    SharedExpertMLP on its own linear layers."""
-    if shared_experts is None:
-        local = LocalSpecProvider()
-        linears = MLPSubmodules(linear_fc1=local.column_parallel_linear(), linear_fc2=local.row_parallel_linear())
-        shared_experts = functools.partial(SharedExpertMLP, submodules=linears)
-    return MoESubmodules(experts=GroupedExperts, shared_experts=shared_experts, router=TopKRouter)
 
 
 def use_fastmoe_cpp(spec: Any, *, parts_only: bool = False) -> Any:

@@ -23,7 +23,10 @@ import fastmoe_cpp.integrations.torchtitan  # noqa: F401  registers the converte
 from fastmoe_cpp.integrations.torchtitan import convert
 from fastmoe_cpp.integrations.torchtitan.v0_2 import FastMoE
 
-DIM, HIDDEN = 24, 20
+from . import small_model
+from .small_model import DIM, check_fifty_steps, check_output_gradients_and_counts, check_state_dicts, relative
+
+HIDDEN = 20
 PLAIN = {"num_experts": 8, "top_k": 3, "use_grouped_mm": False}
 CASES = {
     "defaults": {},
@@ -52,43 +55,16 @@ def counts_on_the_cpu(monkeypatch):
     monkeypatch.setattr(torch, "histc", counting)
 
 
-class Block(nn.Module):
-    """As much of a transformer block as the hook looks at."""
-
-    def __init__(self, moe):
-        super().__init__()
-        self.moe_enabled = moe is not None
-        if moe is not None:
-            self.moe = moe
-        self.dense = nn.Linear(DIM, DIM)
-
-    def forward(self, x):
-        x = x + self.dense(x)
-        return x + self.moe(nn.functional.rms_norm(x, (DIM,))) if self.moe_enabled else x
-
-
-class Model(nn.Module):
+class Model(small_model.Model):
     def __init__(self, **args):
-        super().__init__()
-        moe = [None, *(MoE(MoEArgs(**PLAIN | args), DIM, HIDDEN) for _ in range(2))]
-        self.layers = nn.ModuleDict({str(i): Block(m) for i, m in enumerate(moe)})
+        super().__init__(*(MoE(MoEArgs(**PLAIN | args), DIM, HIDDEN) for _ in range(2)))
 
     @torch.no_grad()
     def init(self):
         for block in self.layers.values():
             if block.moe_enabled:
                 block.moe.init_weights(0.3, torch.device("cpu"))
-        for name, tensor in [*self.named_parameters(), *self.named_buffers()]:
-            if "expert_bias" in name or name.endswith("gate.bias"):
-                tensor.copy_(torch.randn(tensor.shape) * 0.2)
-            elif "tokens" not in name:
-                tensor.copy_(torch.randn(tensor.shape) * 0.2)
-        return self
-
-    def forward(self, x):
-        for block in self.layers.values():
-            x = block(x)
-        return x
+        return self.draw()
 
 
 def dims(**changes):
@@ -111,28 +87,10 @@ def pair(**args):
     return theirs, ours
 
 
-def relative(actual, expected):
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_output_gradients_and_counts(case):
-    theirs, ours = pair(**CASES[case])
-    x, grad = torch.randn(2, 33, DIM), torch.randn(2, 33, DIM)
-    results = []
-    for model in (theirs, ours):
-        mine = x.clone().requires_grad_()
-        y = model(mine)
-        assert isinstance(y, torch.Tensor) and y.shape == x.shape
-        y.backward(grad)
-        results.append({"output": y.detach(), "x": mine.grad} | {n: p.grad for n, p in model.named_parameters()})
-    assert results[0].keys() == results[1].keys()
-    for name, expected in results[0].items():
-        assert relative(results[1][name], expected) < 1e-5, name
-    for layer in ("1", "2"):
-        counts = ours.layers[layer].moe.tokens_per_expert
-        assert counts.sum() == 2 * 33 * ours.layers[layer].moe.router.top_k
-        assert torch.equal(counts, theirs.layers[layer].moe.tokens_per_expert)
+    top_k = CASES[case].get("top_k", PLAIN["top_k"])
+    check_output_gradients_and_counts(pair(**CASES[case]), "tokens_per_expert", 2 * 33 * top_k, torch.randn(2, 33, DIM))
 
 
 def test_a_typed_return_contract():
@@ -163,53 +121,20 @@ def optimizers(model):
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_fifty_steps_with_the_hook(checkpointed):
-    """Losses, and after every step the bias and the counts that TorchTitan's own hook leaves: with gradient
-    accumulation, and with its activation checkpointing, which counts twice and halves."""
+    """With gradient accumulation, and with its activation checkpointing, which counts twice and halves."""
     models = pair(route_norm=True)
-    target = torch.randn(4, 2, 16, DIM)
-    x = torch.randn(4, 2, 16, DIM)
-    losses, biases = [], []
-    for model in models:
-        if checkpointed:
-            for name, block in model.layers.items():
-                model.layers[name] = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
-        optimizer = optimizers(model)
-        mine, bias = [], []
-        for step in range(50):
-            optimizer.zero_grad()
-            for part in range(2):
-                batch = (2 * step + part) % 4
-                loss = (model(x[batch]) - target[batch]).square().mean()
-                loss.backward()
-                mine.append(float(loss))
-            moe = model.layers["2"].moe
-            assert moe.tokens_per_expert.sum() == 2 * 2 * 16 * 3 * (2 if checkpointed else 1)
-            optimizer.step()
-            assert not moe.tokens_per_expert.any()
-            bias.append(moe.expert_bias.clone())
-        losses.append(mine)
-        biases.append(torch.stack(bias))
-    assert losses[0][-1] < 0.8 * losses[0][1]
-    assert max(abs(a - b) / a for a, b in zip(*losses, strict=True)) < 1e-4
-    assert (biases[0][-1] - biases[0][0]).abs().max() > 5e-3
-    assert (biases[1] - biases[0]).abs().max() < 1e-6
+    for model in models if checkpointed else ():
+        for name, block in model.layers.items():
+            model.layers[name] = checkpoint_wrapper(block, checkpoint_impl=CheckpointImpl.NO_REENTRANT)
+    counted = 2 * 2 * 16 * PLAIN["top_k"] * (2 if checkpointed else 1)
+    check_fifty_steps(models, optimizers, "tokens_per_expert", "expert_bias", counted)
 
 
 def test_state_dicts_go_both_ways():
-    theirs, ours = pair(num_shared_experts=2)
-    state = theirs.state_dict()
-    assert list(ours.state_dict()) == list(state)
-    assert [k for k in state if k.endswith("expert_bias")] and not [k for k in state if "tokens_per_expert" in k]
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.mul_(1.5)
-        ours.layers["1"].moe.expert_bias.add_(1)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(1, 7, DIM)
-    assert relative(ours(x), theirs(x)) < 3e-6
-    ours.load_state_dict(state)
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
+    models = pair(num_shared_experts=2)
+    names = list(models[0].state_dict())
+    assert [k for k in names if k.endswith("expert_bias")] and not [k for k in names if "tokens_per_expert" in k]
+    check_state_dicts(models, "expert_bias")
 
 
 def test_on_the_meta_device_then_initialised():

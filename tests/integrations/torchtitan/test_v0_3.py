@@ -23,7 +23,16 @@ from torchtitan.models.common.token_dispatcher import AllToAllTokenDispatcher, L
 from fastmoe_cpp.integrations.torchtitan import fast_moe
 from fastmoe_cpp.integrations.torchtitan.v0_3 import FastMoEGroupedExperts, FastMoERoutedExperts, FastMoERouter
 
-DIM, HIDDEN, EXPERTS, TOP_K = 24, 16, 8, 3
+from .small_model import (
+    DIM,
+    Model,
+    check_fifty_steps,
+    check_output_gradients_and_counts,
+    check_state_dicts,
+    relative,
+)
+
+HIDDEN, EXPERTS, TOP_K = 16, 8, 3
 TARGET = "fastmoe_cpp.integrations.torchtitan.v0_3.fast_moe"
 CASES = {
     "defaults": {},
@@ -70,43 +79,15 @@ class Root(Configurable):
         pass
 
 
-class Block(nn.Module):
-    """As much of a transformer block as the hook looks at."""
-
-    def __init__(self, moe):
-        super().__init__()
-        self.moe_enabled = moe is not None
-        self.moe = moe
-        self.dense = nn.Linear(DIM, DIM)
-
-    def forward(self, x):
-        x = x + self.dense(x)
-        return x + self.moe(nn.functional.rms_norm(x, (DIM,))) if self.moe_enabled else x
-
-
-class Model(nn.Module):
-    def __init__(self, configs):
-        super().__init__()
-        self.layers = nn.ModuleDict({str(i): Block(c and c.build()) for i, c in enumerate([None, *configs])})
-
-    def forward(self, x):
-        for block in self.layers.values():
-            x = block(x)
-        return x
-
-
 def pair(imports=(TARGET,), **settings):
     """The host's model, and one whose configuration went through `--override.imports`."""
     models = []
     for override in ([], list(imports)):
         root = Root.Config(first=moe_config(**settings), second=moe_config(**settings))
         apply_overrides(OverrideConfig(imports=override), root)
-        models.append(Model([root.first, root.second]))
+        models.append(Model(root.first.build(), root.second.build()))
     theirs, ours = models
-    with torch.no_grad():
-        for name, tensor in [*theirs.named_parameters(), *theirs.named_buffers()]:
-            if "tokens" not in name:
-                tensor.copy_(torch.randn(tensor.shape) * 0.2)
+    theirs.draw()
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
@@ -126,10 +107,6 @@ def float32(monkeypatch):
     monkeypatch.setattr(GroupedExperts, "_grouped_mm", loop)
 
 
-def relative(actual, expected):
-    return float((actual - expected).abs().max() / expected.abs().max())
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_output_gradients_and_counts(case, float32):
     theirs, ours = pair(**CASES[case])
@@ -138,21 +115,10 @@ def test_output_gradients_and_counts(case, float32):
         assert type(moe) is MoE and type(moe.router) is FastMoERouter
         assert type(moe.routed_experts) is FastMoERoutedExperts
         assert type(moe.routed_experts.inner_experts) is FastMoEGroupedExperts
-    x, grad = torch.randn(2, 33, DIM), torch.randn(2, 33, DIM)
-    results = []
-    for model in (theirs, ours):
-        mine = x.clone().requires_grad_()
-        y = model(mine)
-        assert isinstance(y, torch.Tensor) and y.shape == x.shape
-        y.backward(grad)
-        results.append({"output": y.detach(), "x": mine.grad} | {n: p.grad for n, p in model.named_parameters()})
-    assert results[0].keys() == results[1].keys()
-    for name, expected in results[0].items():
-        assert relative(results[1][name], expected) < 1e-5, name
-    for layer in ("1", "2"):
-        counts = ours.layers[layer].moe.tokens_per_expert_E
-        assert counts.sum() == 2 * 33 * CASES[case].get("top_k", TOP_K)
-        assert torch.equal(counts, theirs.layers[layer].moe.tokens_per_expert_E)
+    x = torch.randn(2, 33, DIM)
+    counted = 2 * 33 * CASES[case].get("top_k", TOP_K)
+    check_output_gradients_and_counts((theirs, ours), "tokens_per_expert_E", counted, x)
+    counts = ours.layers["2"].moe.tokens_per_expert_E.clone()
     ours.eval()(x)
     assert torch.equal(counts, ours.layers["2"].moe.tokens_per_expert_E), "evaluation does not count"
 
@@ -185,49 +151,22 @@ def test_beside_the_host_s_bfloat16():
 
 
 def test_fifty_steps_with_the_hook(float32):
-    """Losses, and after every step the bias and the counts that TorchTitan's own hook leaves."""
-    models = pair(route_norm=True)
-    x, target = torch.randn(4, 2, 16, DIM), torch.randn(4, 2, 16, DIM)
     dims = SimpleNamespace(ep_enabled=False, tp=1, get_optional_mesh=lambda name: None)
-    losses, biases = [], []
-    for model in models:
+
+    def optimizer_of(model):
         optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
         register_moe_load_balancing_hook(optimizer, [model], dims)
-        mine, bias = [], []
-        for step in range(50):
-            optimizer.zero_grad()
-            for part in range(2):
-                batch = (2 * step + part) % 4
-                loss = (model(x[batch]) - target[batch]).square().mean()
-                loss.backward()
-                mine.append(float(loss))
-            moe = model.layers["2"].moe
-            assert moe.tokens_per_expert_E.sum() == 2 * 2 * 16 * TOP_K
-            optimizer.step()
-            assert not moe.tokens_per_expert_E.any()
-            bias.append(moe.expert_bias_E.clone())
-        losses.append(mine)
-        biases.append(torch.stack(bias))
-    assert losses[0][-1] < 0.8 * losses[0][1]
-    assert max(abs(a - b) / a for a, b in zip(*losses, strict=True)) < 1e-4
-    assert (biases[0][-1] - biases[0][0]).abs().max() > 5e-3
-    assert (biases[1] - biases[0]).abs().max() < 1e-6
+        return optimizer
+
+    counted = 2 * 2 * 16 * TOP_K
+    check_fifty_steps(pair(route_norm=True), optimizer_of, "tokens_per_expert_E", "expert_bias_E", counted)
 
 
 def test_state_dicts_go_both_ways(float32):
-    theirs, ours = pair(shared=1)
-    state = theirs.state_dict()
-    assert list(ours.state_dict()) == list(state)
+    models = pair(shared=1)
+    state = models[0].state_dict()
     assert "layers.1.moe.routed_experts.inner_experts.w1_EFD" in state and "layers.1.moe.expert_bias_E" in state
-    with torch.no_grad():
-        for parameter in ours.parameters():
-            parameter.mul_(1.5)
-    theirs.load_state_dict(ours.state_dict())
-    x = torch.randn(1, 7, DIM)
-    assert relative(ours(x), theirs(x)) < 3e-6
-    ours.load_state_dict(state)
-    for name, tensor in ours.state_dict().items():
-        assert torch.equal(tensor, state[name]), name
+    check_state_dicts(models, "expert_bias_E")
 
 
 def test_initialised_by_the_host_s_rules():
