@@ -4,6 +4,7 @@
 #include <array>
 #include <atomic>
 
+#include "../../device.cuh"
 #include "../experts.h"
 #include "config.h"
 #include "epilogue.cuh"
@@ -37,7 +38,6 @@ inline MatrixView slots_view(const ExpertShape& shape, const void* rows, int64_t
   return {rows, shape.dtype, columns, shape.slots(), halves, 1, halves * columns, columns, columns};
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Fills what every product needs; the caller adds operands, sizes and the epilogue.
 template <class G>
