@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(Traits::kThreads, Traits::kCtas)
       copy_async_wait<1>();
     else
       copy_async_wait<0>();
-    barrier_sync<Traits::kThreads>();  // by all warps, though not all from the same place
+    __syncthreads();  // by all warps, though not all from the same place
   };
   wait();
 

@@ -35,12 +35,6 @@ __device__ __forceinline__ void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// All kThreads threads of the block, warp by warp from wherever each is: __syncthreads wants them all at one place.
-template <int kThreads>
-__device__ __forceinline__ void barrier_sync() {
-  asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
-}
-
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 // Four 8x8 matrices of 16-bit elements; the lanes 8i .. 8i+7 give the addresses of the rows of matrix i.

@@ -32,11 +32,8 @@ cudaError_t run_act_grad(const ActGradParams& p, float* partial, cudaStream_t st
 template <typename T, bool kGated, bool kSwiGLU>
 cudaError_t tile_act_grad(const ActGradParams& p, float* partial, cudaStream_t stream) {
   using Epilogue = ActGradEpilogue<kGated, kSwiGLU>;
-  constexpr Load kA = Load::gathered_rows, kB = Load::columns;
-  switch (configure(Product::act_grad, p.shape).tiling) {
-    case Tiling::square: return run_act_grad<Gemm<T, kA, kB, false, 2, 128, 1, false, 2, Epilogue>>(p, partial, stream);
-    default: return run_act_grad<Gemm<T, kA, kB, true, 1, 256, 1, false, 2, Epilogue>>(p, partial, stream);
-  }
+  return run_act_grad<Gemm<T, Load::gathered_rows, Load::columns, true, 256, 1, false, 2, Epilogue>>(p, partial,
+                                                                                                     stream);
 }
 
 template <typename T>

@@ -19,13 +19,10 @@ cudaError_t run_down(const DownParams& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t launch_down(const DownParams& p, cudaStream_t stream) {
-  switch (configure(Product::down, p.shape).tiling) {
-    case Tiling::narrow:
-      return run_down<Gemm<T, Load::rows, Load::rows, false, 1, 64, 1, false, 1, RowsEpilogue>>(p, stream);
-    case Tiling::cooperative:
-      return run_down<Gemm<T, Load::rows, Load::rows, true, 1, 256, 1, false, 2, RowsEpilogue>>(p, stream);
-    default: return run_down<Gemm<T, Load::rows, Load::rows, false, 2, 192, 1, false, 2, RowsEpilogue>>(p, stream);
+  if (configure(Product::down, p.shape).tiling == Tiling::narrow) {
+    return run_down<Gemm<T, Load::rows, Load::rows, false, 64, 1, false, 1, RowsEpilogue>>(p, stream);
   }
+  return run_down<Gemm<T, Load::rows, Load::rows, true, 256, 1, false, 2, RowsEpilogue>>(p, stream);
 }
 
 template <class G>
@@ -45,12 +42,7 @@ cudaError_t run_input_grad(const InputGradParams& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t launch_input_grad(const InputGradParams& p, cudaStream_t stream) {
-  switch (configure(Product::input_grad, p.shape).tiling) {
-    case Tiling::cooperative:
-      return run_input_grad<Gemm<T, Load::rows, Load::columns, true, 1, 256, 1, false, 2, RowsEpilogue>>(p, stream);
-    default:
-      return run_input_grad<Gemm<T, Load::rows, Load::columns, false, 2, 192, 1, false, 2, RowsEpilogue>>(p, stream);
-  }
+  return run_input_grad<Gemm<T, Load::rows, Load::columns, true, 256, 1, false, 2, RowsEpilogue>>(p, stream);
 }
 
 }  // namespace fastmoe_cpp::cuda::sm90

@@ -38,7 +38,6 @@ inline MatrixView slots_view(const ExpertShape& shape, const void* rows, int64_t
   return {rows, shape.dtype, columns, shape.slots(), halves, 1, halves * columns, columns, columns};
 }
 
-
 // Fills what every product needs; the caller adds operands, sizes and the epilogue.
 template <class G>
 Arguments<G> arguments(const ExpertShape& shape, const Plan& plan) {

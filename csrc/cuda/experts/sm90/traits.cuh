@@ -27,15 +27,14 @@ inline constexpr int kTransformBarrier = 3;
 // rows are slots. kHalves: halves of B's rows in a tile (a gate part, then an up part of the same columns).
 // kCluster 2: two blocks take tiles that share an operand, each loads half of it and sends it to both (multicast). What
 // comes by TMA is shared: B, by two tiles above each other, or A, by two side by side, where B is gathered.
-template <typename T_, Load kA_, Load kB_, bool kCooperative_, int kBlocksM_, int kN_, int kHalves_, bool kWeightGrad_,
-          int kCluster_, class Epilogue_>
+template <typename T_, Load kA_, Load kB_, bool kCooperative_, int kN_, int kHalves_, bool kWeightGrad_, int kCluster_,
+          class Epilogue_>
 struct Gemm {
   using T = T_;
   using Epilogue = Epilogue_;
   static constexpr Load kA = kA_, kB = kB_;
   static constexpr bool kCooperative = kCooperative_, kWeightGrad = kWeightGrad_;
-  static constexpr int kBlocksM = kBlocksM_;  // blocks of 64 rows a consumer warpgroup
-  static constexpr int kM = 64 * kBlocksM * (kCooperative ? 2 : 1), kN = kN_, kHalves = kHalves_;
+  static constexpr int kM = kCooperative ? 128 : 64, kN = kN_, kHalves = kHalves_;
   static constexpr int kRowTile = kWeightGrad ? 0 : kM;
   static constexpr int kCluster = kCluster_;
   static constexpr bool kSharesA = kCluster > 1 && is_gathered(kB), kSharesB = kCluster > 1 && !kSharesA;

@@ -30,14 +30,10 @@ template <typename T, bool kGated, bool kSwiGLU>
 cudaError_t tile_up(const UpParams& p, cudaStream_t stream) {
   constexpr int kHalves = kGated ? 2 : 1;
   using Epilogue = UpEpilogue<kGated, kSwiGLU>;
-  switch (configure(Product::up, p.shape).tiling) {
-    case Tiling::narrow:
-      return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 1, 64, kHalves, false, 1, Epilogue>>(p, stream);
-    case Tiling::square:
-      return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 2, 128, kHalves, false, 2, Epilogue>>(p, stream);
-    default:
-      return run_up<Gemm<T, Load::gathered_rows, Load::rows, true, 1, 256, kHalves, false, 2, Epilogue>>(p, stream);
+  if (configure(Product::up, p.shape).tiling == Tiling::narrow) {
+    return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 64, kHalves, false, 1, Epilogue>>(p, stream);
   }
+  return run_up<Gemm<T, Load::gathered_rows, Load::rows, true, 256, kHalves, false, 2, Epilogue>>(p, stream);
 }
 
 template <typename T>

@@ -15,8 +15,9 @@ cudaError_t run_weight_grad(const WeightGradParams& p, Arguments<G>& args, int64
   return launch<G>(args, p.shape.slots(), stream);
 }
 
-template <class G>
-cudaError_t run_gate_up_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
+template <typename T>
+cudaError_t launch_gate_up_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
+  using G = Gemm<T, Load::columns, Load::gathered_columns, true, 256, 1, true, 2, WeightGradEpilogue>;
   const ExpertShape& shape = p.shape;
   Arguments<G> args = arguments<G>(shape, p.plan);
   FASTMOE_RETURN_IF_ERROR(encode(&args.a_map, slots_view(shape, p.left, shape.up_rows(), 1), 64));
@@ -28,33 +29,14 @@ cudaError_t run_gate_up_weight_grad(const WeightGradParams& p, cudaStream_t stre
 }
 
 template <typename T>
-cudaError_t launch_gate_up_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
-  constexpr Load kA = Load::columns, kB = Load::gathered_columns;
-  using Epilogue = WeightGradEpilogue;
-  switch (configure(Product::gate_up_weight_grad, p.shape).tiling) {
-    case Tiling::wide: return run_gate_up_weight_grad<Gemm<T, kA, kB, false, 2, 192, 1, true, 2, Epilogue>>(p, stream);
-    default: return run_gate_up_weight_grad<Gemm<T, kA, kB, true, 1, 256, 1, true, 2, Epilogue>>(p, stream);
-  }
-}
-
-template <class G>
-cudaError_t run_down_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
+cudaError_t launch_down_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
+  using G = Gemm<T, Load::gathered_columns, Load::columns, true, 256, 1, true, 2, WeightGradEpilogue>;
   const ExpertShape& shape = p.shape;
   Arguments<G> args = arguments<G>(shape, p.plan);
   FASTMOE_RETURN_IF_ERROR(encode(&args.b_map, slots_view(shape, p.right, shape.intermediate, 1), 64));
   args.gathered = p.left;
   args.gathered_columns = shape.hidden;
   return run_weight_grad(p, args, shape.hidden, shape.intermediate, false, stream);
-}
-
-template <typename T>
-cudaError_t launch_down_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
-  constexpr Load kA = Load::gathered_columns, kB = Load::columns;
-  using Epilogue = WeightGradEpilogue;
-  switch (configure(Product::down_weight_grad, p.shape).tiling) {
-    case Tiling::wide: return run_down_weight_grad<Gemm<T, kA, kB, false, 2, 192, 1, true, 2, Epilogue>>(p, stream);
-    default: return run_down_weight_grad<Gemm<T, kA, kB, true, 1, 256, 1, true, 2, Epilogue>>(p, stream);
-  }
 }
 
 }  // namespace fastmoe_cpp::cuda::sm90
