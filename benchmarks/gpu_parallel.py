@@ -5,7 +5,9 @@
 Throughput: every rank has --tokens tokens, alone with all experts and then with its part of them; 'times one' is the
 tokens a second of all ranks together over those of one alone, forward and backward (18*T*I*H*K FLOPs). Exchanges: each
 rank sends rows of 4 KiB (bf16, H 2048) to the others and none to itself; GB/s are the bytes that leave a rank over the
-time of the whole operation, dispatch with the gather of its rows before, combine with the sum of the rows after. Times
+time of the whole operation, dispatch with the gather of its rows before, combine with the sum of the rows after; of
+symmetric memory the counts are in it too, those of all_to_all_single the ranks know before. 'bounded' is symmetric
+memory with max_rows, where nothing visits the host; 'graph' columns are a CUDA graph's replays of the same. Times
 are between events on the device (wall clock on a CPU), the ranks aligned by a collective before each; of every call
 the slowest rank counts, and of --reps calls the median. Writes OUT.json and prints tables.
 """
@@ -32,12 +34,23 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from fastmoe_cpp import MoE, MoEConfig, ops
 from fastmoe_cpp.parallel import ExpertParallel
-from fastmoe_cpp.parallel.paths import PATHS, choose_path
+from fastmoe_cpp.parallel.paths import PATHS, AllToAllSingle, choose_path
+from fastmoe_cpp.parallel.symmetric import Needs, SymmetricMemory
 
 #: H, I, E, K
 SHAPES = {"qwen3-30b": (2048, 768, 128, 8), "deepseek-v3": (7168, 2048, 256, 8)}
 MIB = 2**20
 ROW = 2048
+BOUNDED = "symmetric_memory, bounded"
+CHUNKED = "all_to_all_single, 2 chunks"
+
+
+def style_of(path: str, tokens: int, ranks: int) -> ExpertParallel:
+    if path in (AllToAllSingle.name, CHUNKED):
+        return ExpertParallel(path=AllToAllSingle.name, chunks=2 if path == CHUNKED else 1)
+    return ExpertParallel(
+        path=SymmetricMemory.name, max_tokens=tokens, max_rows=tokens * ranks if path == BOUNDED else None
+    )
 
 
 class Ranks:
@@ -83,6 +96,19 @@ class Ranks:
         dist.all_reduce(slowest, dist.ReduceOp.MAX)
         return slowest.tolist()
 
+    def graph(self, call: Callable[[], object]) -> Callable[[], object]:
+        """Replays of what call does, captured."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
     def median(self, call: Callable[[], object], reps: int) -> float:
         return statistics.median(self.times(call, reps))
 
@@ -127,12 +153,13 @@ def throughput(ranks: Ranks, name: str, shape: tuple[int, ...], tokens: int, arg
         return (drawn * 0.5).to(args.dtype)
 
     x, grad, rows = normal().requires_grad_(), normal(), []
-    for path in ["one rank", *args.paths]:
+    chunked = [CHUNKED] if AllToAllSingle.name in args.paths else []
+    for path in ["one rank", *args.paths, *chunked]:
         free()
         torch.manual_seed(0)
         layer = nn.ModuleDict({"moe": MoE(config, device=ranks.device, dtype=args.dtype)})
         if path != "one rank":
-            parallelize_module(layer, ranks.mesh, {"moe": ExpertParallel(path=path)})
+            parallelize_module(layer, ranks.mesh, {"moe": style_of(path, tokens, ranks.size)})
             free()
         moe = layer["moe"]
         step = stepper(moe, x, grad)
@@ -163,7 +190,6 @@ def throughput(ranks: Ranks, name: str, shape: tuple[int, ...], tokens: int, arg
 
 def exchanges(ranks: Ranks, path_name: str, mib: float, args: argparse.Namespace) -> dict:
     """The rows alone, dispatch and combine; the same number of rows from every rank to every other."""
-    path = choose_path(path_name, ranks.mesh.get_group())
     others = ranks.size - 1
     n = max(1, round(mib * MIB / (2 * ROW) / others)) * others
     to = torch.arange(n, device=ranks.device) % others
@@ -172,21 +198,34 @@ def exchanges(ranks: Ranks, path_name: str, mib: float, args: argparse.Namespace
     counts = [0 if r == ranks.rank else n // others for r in range(ranks.size)]
     x = torch.randn(n, ROW, device=ranks.device).to(torch.bfloat16)
 
-    def only() -> torch.Tensor:
-        return path.rows(x, counts, counts, "rows")
+    needs = None if path_name == AllToAllSingle.name else Needs(ROW, 1, 2, n, n)
+    path = choose_path(path_name.split(",")[0], ranks.mesh.get_group(), ranks.device, needs)
+    calls: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {}
+    if isinstance(path, SymmetricMemory):
+        raw, space, peers = torch.ops.fastmoe_cpp_symmetric, path._space(1), path.workspace.peers
+        pairs = plan.tokens_per_expert.int()
+        bound = n if path_name == BOUNDED else -1
 
-    def dispatch() -> torch.Tensor:
-        return path.rows(ops.gather(x, plan), counts, counts, "dispatch")
+        def pull(rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            return raw.pull(rows, None, None, *plan[:1], plan.expert_offsets, pairs, peers, space, "dispatch", bound)
 
-    def combine() -> torch.Tensor:
-        return ops.combine(path.rows(x, counts, counts, "combine"), None, plan)
-
+        layout = pull(x)[3]
+        calls["dispatch"] = lambda rows: pull(rows)[0]
+        calls["combine"] = lambda rows: raw.push(rows, None, layout, plan.token_slot, peers, space, "combine")[0]
+    else:
+        calls["rows"] = lambda rows: path.rows(rows, counts, counts, "rows")
+        calls["dispatch"] = lambda rows: path.rows(ops.gather(rows, plan), counts, counts, "dispatch")
+        calls["combine"] = lambda rows: ops.combine(path.rows(rows, counts, counts, "combine"), None, plan)
     row: dict = {"path": path_name, "mib": n * 2 * ROW / MIB}
     with torch.no_grad():
-        assert torch.equal(ops.combine(path.rows(dispatch(), counts, counts, "back"), None, plan), x), path_name
-        for what, call in (("rows", only), ("dispatch", dispatch), ("combine", combine)):
-            ms = ranks.median(call, args.reps)
-            row[f"{what}_us"], row[f"{what}_gbs"] = ms * 1e3, n * 2 * ROW / ms / 1e6
+        assert torch.equal(calls["combine"](calls["dispatch"](x)), x), path_name
+        for what, call in calls.items():
+            timed = {what: lambda call=call: call(x)}
+            if path_name == BOUNDED and ranks.device.type == "cuda":
+                timed[f"{what}_graph"] = ranks.graph(timed[what])
+            for name, each in timed.items():
+                ms = ranks.median(each, args.reps)
+                row[f"{name}_us"], row[f"{name}_gbs"] = ms * 1e3, n * 2 * ROW / ms / 1e6
     ranks.say(json.dumps(row))
     return row
 
@@ -197,10 +236,13 @@ def decode(ranks: Ranks, path_name: str, tokens: int, shape: tuple[int, ...], ar
     config = MoEConfig(hidden_size=hidden, intermediate_size=inner, num_experts=experts, top_k=top_k)
     layer = nn.ModuleDict({"moe": MoE(config, device=ranks.device, dtype=args.dtype)})
     if path_name != "one rank":
-        parallelize_module(layer, ranks.mesh, {"moe": ExpertParallel(path=path_name)})
+        parallelize_module(layer, ranks.mesh, {"moe": style_of(path_name, tokens, ranks.size)})
     x = torch.randn(tokens, hidden, device=ranks.device).to(args.dtype)
+    row: dict = {"path": path_name, "tokens": tokens}
     with torch.no_grad():
-        row = {"path": path_name, "tokens": tokens, "layer_us": ranks.median(lambda: layer["moe"](x), args.reps) * 1e3}
+        row["layer_us"] = ranks.median(lambda: layer["moe"](x), args.reps) * 1e3
+        if path_name in ("one rank", BOUNDED) and ranks.device.type == "cuda":
+            row["graph_us"] = ranks.median(ranks.graph(lambda: layer["moe"](x)), args.reps) * 1e3
     ranks.say(json.dumps(row))
     return row
 
@@ -220,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=16384, help="a rank")
     parser.add_argument("--mib", default="1,16,128,512", help="MiB that leave a rank in an exchange")
     parser.add_argument("--decode-tokens", default="1,8,64,256", help="a rank, of the first shape")
-    parser.add_argument("--paths", default="all", help=f"of {', '.join(PATHS)}; 'all' that the group can take")
+    parser.add_argument("--paths", default="all", help=f"of {'; '.join([*PATHS, BOUNDED])}, separated by ';'; or 'all'")
     parser.add_argument("--reps", type=int, default=15)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_parallel"), help="OUT.json is written")
@@ -230,7 +272,7 @@ def main(argv: list[str] | None = None) -> None:
     ranks = Ranks(args.device)
     if ranks.size < 2:
         sys.exit("gpu_parallel compares several ranks with one: torchrun --nproc_per_node=2 benchmarks/gpu_parallel.py")
-    args.paths = list(PATHS) if args.paths == "all" else args.paths.split(",")
+    args.paths = [*PATHS, BOUNDED] if args.paths == "all" else args.paths.split(";")
     args.dtype = torch.bfloat16
     if args.shapes[0].isdigit():
         shapes = {args.shapes: tuple(int(n) for n in args.shapes.split(","))}
@@ -266,9 +308,11 @@ def main(argv: list[str] | None = None) -> None:
         attempt("throughput", lambda n=shape, s=sizes: throughput(ranks, n, s, args.tokens, args), shape=shape)
     ranks.say(f"\n{ranks.size} x {name}, torch {torch.__version__}, {date.today()}")
     size = {"path": "", "mib": ".1f"}
-    columns = {f"{w}_{unit}": ".1f" for w in ("rows", "dispatch", "combine") for unit in ("us", "gbs")}
+    whats = ("rows", "dispatch", "dispatch_graph", "combine", "combine_graph")
+    columns = {f"{w}_{unit}": ".1f" for w in whats for unit in ("us", "gbs")}
     ranks.say(f"\nexchanges\n{table(record['exchanges'], size | columns)}")
-    ranks.say(f"\nlayer, forward, few tokens\n{table(record['decode'], {'path': '', 'tokens': '', 'layer_us': '.1f'})}")
+    columns = {"path": "", "tokens": "", "layer_us": ".1f", "graph_us": ".1f"}
+    ranks.say(f"\nlayer, forward, few tokens\n{table(record['decode'], columns)}")
     columns = {
         "shape": "", "path": "", "forward_ms": ".3f", "step_ms": ".3f", "tflops_a_rank": ".0f", "peak_gib": ".1f",
         "times_one_forward": ".3f", "times_one": ".3f",

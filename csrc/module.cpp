@@ -8,6 +8,9 @@
 #include "ops/experts.h"
 #include "ops/losses.h"
 #include "ops/router.h"
+#ifdef FASTMOE_CUDA
+#include "cuda/torch/explain.h"
+#endif
 
 namespace py = pybind11;
 
@@ -39,6 +42,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() =
       "The C++ autograd functions of fastmoe_cpp. T tokens, H hidden, I intermediate, E experts, K experts a token.";
   m.def("build_info", &build_info, "What this library was built for: torch, python, compiler, cuda (or None), hopper.");
+
+#ifdef FASTMOE_CUDA
+  m.def(
+      "explain_experts",
+      [](const std::string& dtype, int64_t tokens, int64_t hidden, int64_t intermediate, int64_t experts, int64_t top_k,
+         const std::string& activation, int capability, int multiprocessors, int64_t shared_bytes,
+         const std::string& wish) {
+        return cuda::explain_experts(dtype, tokens, hidden, intermediate, experts, top_k, activation,
+                                     {capability, multiprocessors, shared_bytes}, wish);
+      },
+      "dtype"_a, "tokens"_a, "hidden"_a, "intermediate"_a, "experts"_a, "top_k"_a, "activation"_a, py::kw_only(),
+      "capability"_a, "multiprocessors"_a, "shared_bytes"_a, "wish"_a = "",
+      "Which kernels a layer runs with on a GPU of these properties, and why: a line for the path, six for the products.");
+#endif
 
   m.def("router_logits", &router_logits, "hidden_states"_a, "weight"_a, "bias"_a = py::none(),
         "hidden_states [T, H] @ weight [E, H].T (+ bias [E]) -> [T, E] in float32, float64 if an operand is.");

@@ -15,7 +15,11 @@ from pathlib import Path
 
 
 def bench(arguments: list[str]) -> int:
-    """Runs benchmarks/cpu_experts.py of the checkout this package is imported from."""
+    """Runs benchmarks/cpu_experts.py of the checkout this package is imported from; with --explain, explain.py."""
+    if "--explain" in arguments:
+        from . import explain
+
+        return explain.main([argument for argument in arguments if argument != "--explain"])
     script = Path(__file__).resolve().parent.parent / "benchmarks" / "cpu_experts.py"
     if not script.is_file():
         print(
@@ -42,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands.add_parser(
         "bench",
-        help="times the CPU kernels beside plain torch, transformers' blocks and the BLAS bound (has its own --help)",
+        help="times the CPU kernels beside plain torch, transformers' blocks and the BLAS bound; with --explain says "
+        "which GPU kernels a layer runs with, and why (each has its own --help)",
         add_help=False,
     )
     for command, about in (

@@ -165,6 +165,10 @@ class MoEConfig:
 
     #: Keep only the input for backward and compute the pre-activation again: slower, 2 * T * K * I elements less.
     recompute: bool = False
+    #: Backward adds the gradients of the routed experts' two weights to the weights' ``main_grad`` in float32, in place
+    #: of ``grad``, where they have one: Megatron's buffers, or your own (see fastmoe_cpp.main_grad). Ends a compiled
+    #: graph.
+    gradient_accumulation_fusion: bool = False
     #: Standard deviation of the normal distribution the weights start from; biases start at 0.
     initializer_range: float = 0.02
 
@@ -180,7 +184,8 @@ class MoEConfig:
             raise ValueError(f"{name}.router must be a RouterConfig, got {type(self.router).__name__}")
         _one_of(name, "activation", self.activation, ACTIVATIONS)
         _one_of(name, "drop_policy", self.drop_policy, DROP_POLICIES)
-        for flag in ("bias", "interleaved", "weight_on_input", "shared_expert_gate", "recompute"):
+        for flag in ("bias", "interleaved", "weight_on_input", "shared_expert_gate", "recompute",
+                     "gradient_accumulation_fusion"):  # fmt: skip
             _flag(name, flag, getattr(self, flag))
         _number(name, "activation_alpha", self.activation_alpha, 0, open_end=True)
         _number(name, "activation_limit", self.activation_limit, 0, open_end=True)

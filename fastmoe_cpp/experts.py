@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import main_grad, ops
 from .config import MoEConfig
 from .outputs import DispatchPlan
 from .reference import activate
@@ -54,12 +55,22 @@ class Experts(nn.Module):
             if bias is not None:
                 bias.zero_()
 
-    def forward(self, hidden_states: Tensor, topk_weights: Tensor, plan: DispatchPlan) -> Tensor:
-        """[T, H] of hidden_states [T, H] and topk_weights [T, K] over the plan that ops.dispatch made of the ids."""
+    def forward(
+        self,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        plan: DispatchPlan,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """[T, H] of hidden_states [T, H] and topk_weights [T, K] over the plan that ops.dispatch made of the ids.
+
+        beside(hidden_states) [T, H], such as the shared experts, is added; over ranks it hides their exchange.
+        """
         if self.parallel is not None:
-            return self.parallel(self, hidden_states, topk_weights, plan)
+            return self.parallel(self, hidden_states, topk_weights, plan, beside)
         c = self.config
-        return ops.experts(
+        experts = main_grad.experts if c.gradient_accumulation_fusion else ops.experts
+        output = experts(
             hidden_states,
             self.gate_up_proj,
             self.down_proj,
@@ -74,6 +85,7 @@ class Experts(nn.Module):
             weight_on_input=c.weight_on_input,
             recompute=c.recompute,
         )
+        return output if beside is None else output + beside(hidden_states)
 
     def extra_repr(self) -> str:
         """Sizes for repr()."""

@@ -129,9 +129,12 @@ class MoE(nn.Module):
             ops.accumulate_load(self.router.tokens_per_expert, plan.tokens_per_expert)
         if self.load is not None:
             ops.accumulate_load(self.load, plan.tokens_per_expert)
-        output = self.experts(x, weights, plan)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(x)
+        if self.shared_experts is None or torch.compiler.is_compiling():
+            output = self.experts(x, weights, plan)
+            if self.shared_experts is not None:
+                output = output + self.shared_experts(x)
+        else:
+            output = self.experts(x, weights, plan, self.shared_experts)
         return output.to(dtype), routing, plan
 
     def _losses(

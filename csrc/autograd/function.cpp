@@ -73,6 +73,7 @@ TORCH_LIBRARY_IMPL(fastmoe_cpp, Autograd, m) {
   m.impl("gather_backward", once());
   m.impl("experts_forward", once());
   m.impl("experts_backward", once());
+  m.impl("experts_backward_accumulate", once());
   m.impl("grouped_linear_backward", once());
   m.impl("combine_backward", once());
   m.impl("balance_loss_backward", once());

@@ -92,6 +92,7 @@ struct WeightGradient {
   int64_t width;
   bool gathered_left, weighted;  // weighted: gathered rows are scaled by the routing weight
   T* grad;
+  acc_t<T>* main_grad;  // not null: what the gradient is added to, in place of grad
 };
 
 // Rows summed before the next are added: bounds the gathered copy when one expert has most of the tokens.
@@ -105,16 +106,22 @@ void weight_gradient(Scratch& scratch, const Experts<T>& e, const WeightGradient
   // the block of the gradient: rows h0 .. h1 if gathered_left, columns h0 .. h1 otherwise
   const int64_t m = w.gathered_left ? columns : w.width, n = w.gathered_left ? w.width : columns;
   const int64_t stride = w.gathered_left ? w.width : e.hidden;
-  T* out = w.grad + expert * e.hidden * w.width + (w.gathered_left ? h0 * w.width : h0);
+  const int64_t at = expert * e.hidden * w.width + (w.gathered_left ? h0 * w.width : h0);
+  const bool adds = w.main_grad != nullptr;
+  T* out = adds ? nullptr : w.grad + at;
   if (first == last) {
+    if (adds) return;
     for (int64_t r = 0; r < m; ++r) std::fill_n(out + r * stride, n, T(0));
     return;
   }
   Matrix<A> sum;
-  if constexpr (std::is_same_v<T, A>)
+  if (adds) {
+    sum = rows_of(w.main_grad + at, stride);
+  } else if constexpr (std::is_same_v<T, A>) {
     sum = rows_of(out, stride);
-  else
+  } else {
     sum = rows_of(scratch.get<A>(3, m * n), n);
+  }
   for (int64_t s = first; s < last; s += kDepthRows) {
     const RowBlock block{expert, s, std::min(s + kDepthRows, last)};
     A* copy = scratch.get<A>(0, std::min(kDepthRows, last - first) * columns);
@@ -122,14 +129,16 @@ void weight_gradient(Scratch& scratch, const Experts<T>& e, const WeightGradient
     const Matrix<const A> gathered{copy, columns, 1};
     const Matrix<const T> by_slot{w.by_slot + s * w.width, w.width, 1};
     if (w.gathered_left) {
-      multiply<T, A>(scratch, m, n, block.rows(), gathered.t(), by_slot, sum, s > first);
+      multiply<T, A>(scratch, m, n, block.rows(), gathered.t(), by_slot, sum, adds || s > first);
     } else {
       // the transposed product, so that the converted side is on the right
-      multiply<T, A>(scratch, n, m, block.rows(), gathered.t(), by_slot, sum.t(), s > first);
+      multiply<T, A>(scratch, n, m, block.rows(), gathered.t(), by_slot, sum.t(), adds || s > first);
     }
   }
-  if constexpr (!std::is_same_v<T, A>)
+  if constexpr (!std::is_same_v<T, A>) {
+    if (adds) return;
     for (int64_t r = 0; r < m; ++r) e.loops.store(n, sum.data + r * n, out + r * stride);
+  }
 }
 
 // grad_bias [columns] = the sum over an expert's slots of the rows that `row(slot, buffer)` gives.
@@ -148,6 +157,7 @@ void bias_gradient(Scratch& scratch, const Experts<T>& e, int64_t expert, int64_
 template <typename T>
 struct Gradients {
   Tensor hidden, gate_up, down, weights, gate_up_bias, down_bias;
+  Tensor gate_up_main, down_main;  // undefined where the gradient is returned
 };
 
 template <typename T>
@@ -157,16 +167,28 @@ void outer_gradients(const Experts<T>& e, const Tensor& grad_output, const Inner
   const auto rows = cut_columns(e.blocks.size(), e.plan.served, e.hidden, e.up_rows);
   const int64_t experts = e.plan.experts;
   const auto weight_columns = cut_columns(experts, e.plan.served, e.hidden, std::max(e.up_rows, e.inner));
-  const auto wanted = [](const Tensor& t, int64_t tasks) { return t.numel() ? tasks : int64_t(0); };
+  const auto wanted = [](const Tensor& t, int64_t tasks) { return t.defined() && t.numel() ? tasks : int64_t(0); };
   const int64_t row_tasks = grad_rows ? int64_t(e.blocks.size()) * rows.count : 0;
-  const int64_t up_tasks = wanted(to.gate_up, experts * weight_columns.count);
-  const int64_t down_tasks = wanted(to.down, experts * weight_columns.count);
+  const auto weight_tasks = [&](const Tensor& grad, const Tensor& main_grad) {
+    return wanted(main_grad.defined() ? main_grad : grad, experts * weight_columns.count);
+  };
+  const int64_t up_tasks = weight_tasks(to.gate_up, to.gate_up_main);
+  const int64_t down_tasks = weight_tasks(to.down, to.down_main);
   const int64_t up_bias_tasks = wanted(to.gate_up_bias, experts), down_bias_tasks = wanted(to.down_bias, experts);
-  const WeightGradient<T> up{e.x,   inner.grad_pre,    e.up_rows,
-                             false, e.weight_on_input, up_tasks ? to.gate_up.template mutable_data_ptr<T>() : nullptr};
-  const WeightGradient<T> down{grad_output, inner.scaled_act,
-                               e.inner,     true,
-                               false,       down_tasks ? to.down.template mutable_data_ptr<T>() : nullptr};
+  const WeightGradient<T> up{e.x,
+                             inner.grad_pre,
+                             e.up_rows,
+                             false,
+                             e.weight_on_input,
+                             up_tasks ? pointer_or_null<T>(to.gate_up) : nullptr,
+                             pointer_or_null<A>(to.gate_up_main)};
+  const WeightGradient<T> down{grad_output,
+                               inner.scaled_act,
+                               e.inner,
+                               true,
+                               false,
+                               down_tasks ? pointer_or_null<T>(to.down) : nullptr,
+                               pointer_or_null<A>(to.down_main)};
   run_tasks(row_tasks + up_tasks + down_tasks + up_bias_tasks + down_bias_tasks, [&](int64_t task, Scratch& scratch) {
     if (task < row_tasks) {
       const auto& block = e.blocks[task / rows.count];
@@ -231,14 +253,20 @@ void routing_gradient(const Experts<T>& e, const Tensor& grad_output, const acc_
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accumulate(
     const Tensor& grad_output_, const Tensor& hidden_states, const Tensor& gate_up_proj, const Tensor& down_proj,
     const Tensor& topk_weights, const Tensor& slot_index, const Tensor& token_slot, const Tensor& expert_offsets,
     const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const OptionalTensor& pre_activation,
     std::string_view activation, double activation_alpha, double activation_limit, bool interleaved,
-    bool weight_on_input, std::array<bool, 6> output_mask) {
+    bool weight_on_input, std::array<bool, 6> output_mask, const OptionalTensor& gate_up_main_grad,
+    const OptionalTensor& down_main_grad) {
   check_experts_backward(grad_output_, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index, token_slot,
                          expert_offsets, gate_up_bias, down_bias, pre_activation, activation);
+  check_main_grads(gate_up_proj, down_proj, gate_up_main_grad, down_main_grad);
+  const auto main_of = [&](int i, const OptionalTensor& t) { return output_mask[i] && has(t) ? *t : Tensor(); };
+  const Tensor gate_up_main = main_of(1, gate_up_main_grad), down_main = main_of(2, down_main_grad);
+  output_mask[1] = output_mask[1] && !has(gate_up_main_grad);
+  output_mask[2] = output_mask[2] && !has(down_main_grad);
   const auto options = hidden_states.options();
   const Tensor grad_output = grad_output_.stride(-1) == 1 ? grad_output_ : grad_output_.contiguous();
   const Tensor kept = has(pre_activation) ? pre_activation->contiguous() : Tensor();
@@ -252,10 +280,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
     const auto wanted = [&](int i, at::IntArrayRef sizes, const at::TensorOptions& as) {
       return output_mask[i] ? empty(sizes, as) : at::empty({0}, as);
     };
-    const Gradients<T> to{
-        wanted(0, hidden_states.sizes(), options),       wanted(1, gate_up_proj.sizes(), options),
-        wanted(2, down_proj.sizes(), options),           wanted(3, topk_weights.sizes(), topk_weights.options()),
-        wanted(4, {e.plan.experts, e.up_rows}, options), wanted(5, {e.plan.experts, e.hidden}, options)};
+    const Gradients<T> to{wanted(0, hidden_states.sizes(), options),
+                          wanted(1, gate_up_proj.sizes(), options),
+                          wanted(2, down_proj.sizes(), options),
+                          wanted(3, topk_weights.sizes(), topk_weights.options()),
+                          wanted(4, {e.plan.experts, e.up_rows}, options),
+                          wanted(5, {e.plan.experts, e.hidden}, options),
+                          gate_up_main,
+                          down_main};
     const bool need_rows = output_mask[0] || (output_mask[3] && weight_on_input);
     const bool need_partial = output_mask[3] && !weight_on_input;
     const int64_t ranges = e.up_columns().count;
@@ -282,7 +314,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   return result;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
+    const Tensor& grad_output, const Tensor& hidden_states, const Tensor& gate_up_proj, const Tensor& down_proj,
+    const Tensor& topk_weights, const Tensor& slot_index, const Tensor& token_slot, const Tensor& expert_offsets,
+    const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const OptionalTensor& pre_activation,
+    std::string_view activation, double activation_alpha, double activation_limit, bool interleaved,
+    bool weight_on_input, std::array<bool, 6> output_mask) {
+  return experts_backward_accumulate(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index,
+                                     token_slot, expert_offsets, gate_up_bias, down_bias, pre_activation, activation,
+                                     activation_alpha, activation_limit, interleaved, weight_on_input, output_mask,
+                                     std::nullopt, std::nullopt);
+}
+
 }  // namespace
 }  // namespace fastmoe_cpp::cpu
 
-TORCH_LIBRARY_IMPL(fastmoe_cpp, CPU, m) { m.impl("experts_backward", fastmoe_cpp::cpu::experts_backward); }
+TORCH_LIBRARY_IMPL(fastmoe_cpp, CPU, m) {
+  m.impl("experts_backward", fastmoe_cpp::cpu::experts_backward);
+  m.impl("experts_backward_accumulate", fastmoe_cpp::cpu::experts_backward_accumulate);
+}

@@ -42,6 +42,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
           empty_like_if(output_mask[5], down_bias_sizes, options)};
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accumulate(
+    const Tensor& grad_output, const Tensor& hidden_states, const Tensor& gate_up_proj, const Tensor& down_proj,
+    const Tensor& topk_weights, const Tensor& slot_index, const Tensor& token_slot, const Tensor& expert_offsets,
+    const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const OptionalTensor& pre_activation,
+    std::string_view activation, double alpha, double limit, bool interleaved, bool weight_on_input,
+    std::array<bool, 6> output_mask, const OptionalTensor& gate_up_main_grad, const OptionalTensor& down_main_grad) {
+  check_main_grads(gate_up_proj, down_proj, gate_up_main_grad, down_main_grad);
+  output_mask[1] = output_mask[1] && !has(gate_up_main_grad);
+  output_mask[2] = output_mask[2] && !has(down_main_grad);
+  return experts_backward(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index, token_slot,
+                          expert_offsets, gate_up_bias, down_bias, pre_activation, activation, alpha, limit,
+                          interleaved, weight_on_input, output_mask);
+}
+
 Tensor grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,
                       const OptionalTensor& bias) {
   check_grouped_linear(rows, weight, expert_offsets, bias);
@@ -65,6 +79,7 @@ TORCH_LIBRARY_IMPL(fastmoe_cpp, Meta, m) {
   using namespace fastmoe_cpp::meta;
   m.impl("experts_forward", experts_forward);
   m.impl("experts_backward", experts_backward);
+  m.impl("experts_backward_accumulate", experts_backward_accumulate);
   m.impl("grouped_linear", grouped_linear);
   m.impl("grouped_linear_backward", grouped_linear_backward);
 }

@@ -1,5 +1,8 @@
 #include "experts.h"
 
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
 #include "checking.h"
 #include "typed_call.h"
 
@@ -80,6 +83,21 @@ void check_experts_backward(const Tensor& grad_output, const Tensor& hidden_stat
   }
 }
 
+void check_main_grads(const Tensor& gate_up_proj, const Tensor& down_proj, const OptionalTensor& gate_up_main_grad,
+                      const OptionalTensor& down_main_grad) {
+  const auto fits = [](const OptionalTensor& main_grad, const char* name, const Arg& weight, const char* contract) {
+    if (!has(main_grad)) return;
+    const Arg m{*main_grad, name};
+    dims(m, 3, contract);
+    for (int64_t d = 0; d < 3; ++d) size_is(m, d, weight.size(d), contract);
+    dtype_is(m, accumulate_type(weight.t.scalar_type()), "what sums are kept in");
+    TORCH_CHECK_VALUE(m.t.is_contiguous(), name, " must be contiguous, got strides ", m.t.sym_strides());
+    same_device(m, weight);
+  };
+  fits(gate_up_main_grad, "gate_up_main_grad", {gate_up_proj, "gate_up_proj"}, "[E, 2 * I, H] as gate_up_proj");
+  fits(down_main_grad, "down_main_grad", {down_proj, "down_proj"}, "[E, H, I] as down_proj");
+}
+
 void check_grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,
                           const OptionalTensor& bias) {
   const Arg x{rows, "rows"}, w{weight, "weight"}, offsets{expert_offsets, "expert_offsets"};
@@ -145,6 +163,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
             weight_on_input, output_mask);
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accumulate(
+    const Tensor& grad_output, const Tensor& hidden_states, const Tensor& gate_up_proj, const Tensor& down_proj,
+    const Tensor& topk_weights, const Tensor& slot_index, const Tensor& token_slot, const Tensor& expert_offsets,
+    const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const OptionalTensor& pre_activation,
+    std::string_view activation, double activation_alpha, double activation_limit, bool interleaved,
+    bool weight_on_input, std::array<bool, 6> output_mask, const OptionalTensor& gate_up_main_grad,
+    const OptionalTensor& down_main_grad) {
+  check_main_grads(gate_up_proj, down_proj, gate_up_main_grad, down_main_grad);
+  auto result = experts_backward(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index,
+                                 token_slot, expert_offsets, gate_up_bias, down_bias, pre_activation, activation,
+                                 activation_alpha, activation_limit, interleaved, weight_on_input, output_mask);
+  const auto add = [](bool wanted, const OptionalTensor& main_grad, Tensor& grad) {
+    if (!has(main_grad)) return;
+    if (wanted) main_grad->add_(grad);
+    grad = at::empty({0}, grad.options());
+  };
+  add(output_mask[1], gate_up_main_grad, std::get<1>(result));
+  add(output_mask[2], down_main_grad, std::get<2>(result));
+  return result;
+}
+
 Tensor grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,
                       const OptionalTensor& bias) {
   return FASTMOE_OP(grouped_linear).call(rows, weight, expert_offsets, bias);
@@ -157,3 +196,8 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_ou
 }
 
 }  // namespace fastmoe_cpp
+
+// Where a device has no kernel that adds to the buffer itself.
+TORCH_LIBRARY_IMPL(fastmoe_cpp, CompositeExplicitAutograd, m) {
+  m.impl("experts_backward_accumulate", fastmoe_cpp::experts_backward_accumulate);
+}

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .._extension import require
 
@@ -98,6 +100,71 @@ def all_to_all_rows(
     flat = rows.reshape(rows.shape[0], tail.numel())
     received = torch.ops.fastmoe_cpp.exchange(flat, send, recv, group.group_name, operation, describe(group))
     return received.reshape(sum(recv), *tail)
+
+
+class _Way(NamedTuple):
+    """One exchange as begin and end know it: counts there and back, and what errors call it."""
+
+    send: list[int]
+    recv: list[int]
+    group: dist.ProcessGroup
+    operation: str
+
+    def back(self) -> _Way:
+        return _Way(self.recv, self.send, self.group, f"{self.operation} backward")
+
+    def begin(self, rows: Tensor) -> Tensor:
+        """The collective's result, which nobody may read before end."""
+        try:
+            return _collectives.all_to_all_single(rows.contiguous(), self.recv, self.send, self.group.group_name)
+        except RuntimeError as error:
+            raise failed(f"{self.operation} of {rows.shape[0]} rows", self.group, error) from error
+
+    def end(self, rows: Tensor) -> Tensor:
+        try:
+            return _collectives.wait_tensor(rows)
+        except RuntimeError as error:
+            raise failed(f"{self.operation} of {sum(self.send)} rows", self.group, error) from error
+
+
+class _Begin(torch.autograd.Function):
+    """Backward ends what _End's backward began, which comes by `returning`: a gradient has the shape of its tensor."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, way: _Way, returning: list[Tensor]) -> Tensor:
+        ctx.way, ctx.returning = way, returning
+        return way.begin(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        return ctx.way.back().end(ctx.returning.pop()), None, None
+
+
+class _End(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: Tensor, way: _Way, returning: list[Tensor]) -> Tensor:
+        ctx.way, ctx.returning = way, returning
+        return way.end(rows).view_as(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        ctx.returning.append(ctx.way.back().begin(grad))
+        return grad, None, None
+
+
+def begin_rows(
+    rows: Tensor, send_counts: list[int], recv_counts: list[int], group: dist.ProcessGroup, operation: str
+) -> Callable[[], Tensor]:
+    """all_to_all_rows of rows [N, H] in two halves: what the returned function, called once, waits for and returns.
+
+    Work between the two runs beside the exchange, and its backward beside the exchange of the gradient.
+    """
+    way = _Way(send_counts, recv_counts, group, operation)
+    returning: list[Tensor] = []
+    under_way = _Begin.apply(rows, way, returning)
+    return lambda: _End.apply(under_way, way, returning)
 
 
 @torch.no_grad()

@@ -11,8 +11,11 @@ The counts are read on the host, once a pass: all_to_all_single takes its sizes 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -20,6 +23,7 @@ from .. import experts as one_rank
 from .. import ops
 from ..outputs import DispatchPlan
 from .paths import Path
+from .symmetric import SymmetricMemory
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -33,34 +37,38 @@ class _ScaleGradient(torch.autograd.Function):
         return grad * ctx.scale, None
 
 
-def experts_of_pairs(plan: DispatchPlan) -> Tensor:
-    """[T, K] int64: the expert that serves each pair, -1 where the pair is dropped."""
-    return torch.searchsorted(plan.expert_offsets, plan.token_slot, right=True) - 1
+@dataclass
+class _Chunk:
+    """Some of the tokens: their rows [t, H], choices [t, 2 * K] and the plan by ranks; counts there and back."""
 
-
-def ranks_of_tokens(ranks: Tensor, size: int) -> Tensor:
-    """Ranks of pairs [T, K] (-1 for none) to the distinct ranks of each token [T, min(K, size)], ascending, then -1."""
-    ranks = torch.where(ranks < 0, size, ranks).sort(dim=1).values
-    again = F.pad(ranks[:, 1:] == ranks[:, :-1], (1, 0))
-    ranks = ranks.masked_fill(again, size).sort(dim=1).values[:, : min(ranks.shape[1], size)]
-    return ranks.masked_fill(ranks == size, -1)
+    rows: Tensor
+    choices: Tensor
+    plan: DispatchPlan
+    there: tuple[list[int], list[int]] = ([], [])
+    back: tuple[list[int], list[int]] = ([], [])
+    pairs: int = 0  #: of token and expert, that the other ranks send here
 
 
 class ParallelExperts:
     """Computes an Experts module whose parameters are sharded by expert over the `size` ranks of a path's group.
 
-    gradient_scale multiplies the gradients of the experts' parameters.
+    gradient_scale multiplies the gradients of the experts' parameters. Tokens go in `chunks` parts, of which one is
+    computed while another travels.
     """
 
-    def __init__(self, path: Path, rank: int, size: int, gradient_scale: float) -> None:
+    def __init__(
+        self, path: Path | SymmetricMemory, rank: int, size: int, gradient_scale: float, chunks: int = 1
+    ) -> None:
         self.path, self.rank, self.size, self.gradient_scale = path, rank, size, gradient_scale
+        self.chunks = chunks
 
     def __deepcopy__(self, memo: dict) -> ParallelExperts:
         # the group belongs to the process, not to the module
         return self
 
     def __repr__(self) -> str:
-        return f"expert_parallel=rank {self.rank} of {self.size} by {self.path.name}"
+        chunks = f" in {self.chunks} chunks" if self.chunks > 1 else ""
+        return f"expert_parallel=rank {self.rank} of {self.size} by {self.path.name}{chunks}"
 
     def draw(self, weight: Tensor, std: float) -> None:
         """Draws a weight from a normal distribution, other numbers for every rank's part of it."""
@@ -77,59 +85,82 @@ class ParallelExperts:
     # traced, every pass's counts would be constants of a graph of its own
     @torch.compiler.disable
     def __call__(
-        self, experts: one_rank.Experts, hidden_states: Tensor, topk_weights: Tensor, plan: DispatchPlan
+        self,
+        experts: one_rank.Experts,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        plan: DispatchPlan,
+        beside: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Experts.forward: [T, H] of this rank's hidden_states [T, H] and topk_weights [T, K]. A collective."""
+        """Experts.forward: [T, H] of this rank's hidden_states [T, H] and topk_weights [T, K]. A collective.
+
+        beside(hidden_states) [T, H] is added to it: computed while the sums are on their way, and its backward while
+        their gradients are, where the path can go on meanwhile.
+        """
         tokens, top_k = plan.token_slot.shape
         if tokens * top_k != plan.slot_index.numel():
             raise ValueError(f"plan must have {tokens * top_k} slots, got {plan.slot_index.numel()}")
-        device = hidden_states.device.type
+        given, device = hidden_states, hidden_states.device.type
         if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:
             # what the experts would do first, before it is sent
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
         each = experts.config.num_experts // self.size
-        ids = experts_of_pairs(plan)
-        ranks = torch.where(ids < 0, -1, ids // each)
-        send_plan = ops.dispatch(ranks_of_tokens(ranks, self.size), self.size)
-        send, recv, width, pairs = self._counts(ranks, send_plan.tokens_per_expert)
-        send_plan = send_plan._replace(slot_index=send_plan.slot_index[: sum(send)])
+        if isinstance(self.path, SymmetricMemory):
+            compute = functools.partial(self._experts, experts)
+            output = self.path.apply(compute, hidden_states, topk_weights, plan, each)
+            return output if beside is None else output + beside(given)
+        chunks = self._chunks(hidden_states, topk_weights, plan, each)
+        alone = len(chunks) == 1 and beside is None
+        go = self._at_once if alone else self.path.begin
+        coming = []
+        for chunk in chunks:
+            choices, rows = (ops.gather(x, chunk.plan) for x in (chunk.choices, chunk.rows))
+            wait_for_choices = go(choices, *chunk.there, "expert-parallel dispatch of weights")
+            coming.append((wait_for_choices, go(rows, *chunk.there, "expert-parallel dispatch")))
+        returning = []
+        for chunk, (wait_for_choices, wait_for_rows) in zip(chunks, coming, strict=True):
+            choices, rows = wait_for_choices(), wait_for_rows()
+            plan = ops.dispatch(self._own(choices[:, top_k:].detach(), each), each)
+            # only so many of the rows' K places are taken here
+            plan = plan._replace(slot_index=plan.slot_index[: chunk.pairs])
+            rows = self._experts(experts, rows, choices[:, :top_k], plan)
+            returning.append(go(rows, *chunk.back, "expert-parallel combine"))
+        shared = None if beside is None else beside(given)
+        outputs = [ops.combine(wait(), None, chunk.plan) for chunk, wait in zip(chunks, returning, strict=True)]
+        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return output if shared is None else output + shared
 
-        # ids below 1,024 are exact in float32
-        choices = torch.cat([topk_weights, ids.to(topk_weights.dtype)], dim=1)
-        choices = self._dispatch(choices, send_plan, send, recv, "expert-parallel dispatch of weights")
-        rows = self._dispatch(hidden_states, send_plan, send, recv, "expert-parallel dispatch")
-        weights, local_ids = self._own(choices, top_k, each, width)
-        plan = ops.dispatch(local_ids, each)
-        # only so many of a row's `width` places are taken
-        rows = self._experts(experts, rows, weights, plan._replace(slot_index=plan.slot_index[:pairs]))
-        rows = self.path.rows(rows, recv, send, "expert-parallel combine")
-        return ops.combine(rows, None, send_plan)
+    def _chunks(self, hidden_states: Tensor, topk_weights: Tensor, plan: DispatchPlan, each: int) -> list[_Chunk]:
+        """The tokens in consecutive parts of nearly equal size, as many parts on every rank. A collective."""
+        tokens = hidden_states.shape[0]
+        starts = [tokens * i // self.chunks for i in range(self.chunks + 1)]
+        chunks, sent = [], []
+        for first, last in zip(starts, starts[1:], strict=False):
+            ids, ranks, pairs = torch.ops.fastmoe_cpp_symmetric.token_ranks(
+                plan.token_slot[first:last], plan.expert_offsets, each, self.size
+            )
+            # ids below 1,024 are exact in float32
+            choices = torch.cat([topk_weights[first:last], ids.to(topk_weights.dtype)], dim=1)
+            chunks.append(_Chunk(hidden_states[first:last], choices, ops.dispatch(ranks, self.size)))
+            sent.append(torch.stack([chunks[-1].plan.tokens_per_expert, pairs], dim=1))
+        counts = torch.stack(sent, dim=1)
+        received = self.path.counts(counts, "expert-parallel counts")
+        # [chunks, 2 counts, 2 ways, W]
+        for chunk, ((send, recv), (_, pairs)) in zip(
+            chunks, torch.stack([counts, received]).permute(2, 3, 0, 1).tolist(), strict=True
+        ):
+            chunk.there, chunk.back, chunk.pairs = (send, recv), (recv, send), sum(pairs)
+            chunk.plan = chunk.plan._replace(slot_index=chunk.plan.slot_index[: sum(send)])
+        return chunks
 
-    def _counts(self, ranks: Tensor, rows_to: Tensor) -> tuple[list[int], list[int], int, int]:
-        """Rows to and from every rank; of the latter's experts here, the most that one row has, and those of all."""
-        together = (ranks[:, :, None] == ranks[:, None, :]).sum(dim=-1).masked_fill(ranks < 0, 0)
-        widest = torch.zeros_like(rows_to).scatter_reduce_(
-            0, ranks.clamp(min=0).flatten(), together.flatten(), "amax", include_self=True
-        )
-        pairs = torch.zeros_like(rows_to).scatter_add_(0, ranks.clamp(min=0).flatten(), (ranks >= 0).flatten().long())
-        sent = torch.stack([rows_to, widest, pairs], dim=1)
-        received = self.path.counts(sent, "expert-parallel counts")
-        on_host = torch.stack([sent, received]).tolist()
-        send, recv = ([rows for rows, *_ in side] for side in on_host)
-        _, widths, pairs_from = zip(*on_host[1], strict=True)
-        return send, recv, max(1, *widths), sum(pairs_from)
+    def _at_once(self, rows: Tensor, send: list[int], recv: list[int], operation: str) -> Callable[[], Tensor]:
+        received = self.path.rows(rows, send, recv, operation)
+        return lambda: received
 
-    def _dispatch(self, x: Tensor, plan: DispatchPlan, send: list[int], recv: list[int], operation: str) -> Tensor:
-        return self.path.rows(ops.gather(x, plan), send, recv, operation)
-
-    def _own(self, choices: Tensor, top_k: int, each: int, width: int) -> tuple[Tensor, Tensor]:
-        """Weights and local ids [R, width] of the choices [R, 2 * K] that fall on this rank, in order of k; then -1."""
-        weights, ids = choices[:, :top_k], choices[:, top_k:].detach().long() - self.rank * each
-        ids = ids.masked_fill((ids < 0) | (ids >= each), -1)
-        if width < top_k:
-            order = (ids < 0).to(torch.int8).sort(dim=1, stable=True).indices[:, :width]
-            weights, ids = weights.gather(1, order), ids.gather(1, order)
-        return weights, ids
+    def _own(self, ids: Tensor, each: int) -> Tensor:
+        """Ids of received rows [R, K] as those of this rank's experts, -1 for other ranks'."""
+        ids = ids.int() - self.rank * each
+        return ids.masked_fill((ids < 0) | (ids >= each), -1)
 
     def _experts(self, experts: one_rank.Experts, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
         c = experts.config

@@ -10,7 +10,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, get_expert_paral
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
-from fastmoe_cpp import ops
+from fastmoe_cpp import main_grad, ops
 from fastmoe_cpp.outputs import DispatchPlan
 
 from . import state_dict
@@ -85,7 +85,8 @@ class GroupedExperts(MegatronModule):
     def compute(self, rows: Tensor, topk_weights: Tensor, plan: DispatchPlan) -> Tensor:
         """[T, H] of rows [T, H] and topk_weights [T, K] over a plan of this rank's experts."""
         c = self.moe_config
-        return ops.experts(
+        fused = getattr(self.config, "gradient_accumulation_fusion", False)
+        return (main_grad.experts if fused else ops.experts)(
             rows,
             self.linear_fc1.weight,
             self.linear_fc2.weight,

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from support.ranks import RankFailed, device, run_ranks
 from torch.utils.checkpoint import checkpoint
 
 from distributed.layers import batch, ep_mesh, full, near, pair
-from fastmoe_cpp.parallel import average_gradients
+from distributed.test_expert_parallel import check_ranks
+from fastmoe_cpp.parallel import average_gradients, exchange
 from fastmoe_cpp.recompute import routing_saved
 
 RANKS = 4
@@ -64,12 +66,93 @@ def test_a_token_goes_once_to_a_rank_and_the_collectives_do_not_depend_on_data(r
     h, k = 16, 3
     assert sequences == {
         (
-            ("expert-parallel counts", (3,)),
+            ("expert-parallel counts", (1, 2)),
             ("expert-parallel dispatch of weights", (2 * k,)),
             ("expert-parallel dispatch", (h,)),
             ("expert-parallel combine", (h,)),
         )
     }
+
+
+def overlapped(rank):
+    """What happens between the start of an exchange and the wait for it, forward and backward, and the same bits."""
+    mesh = ep_mesh(2)
+    c = config({"renormalize": False}, shared_intermediate_size=6, shared_expert_gate=True)
+    _, spread = pair(c, mesh)
+    x = batch([5, 2], 16)[rank].requires_grad_()
+    path, seen = spread.experts.parallel.path, []
+
+    def said(name):
+        def hook(*_):
+            seen.append(name)
+
+        return hook
+
+    shared = spread.shared_experts
+    shared.register_forward_pre_hook(said("shared"))
+    shared.register_full_backward_pre_hook(said("shared backward"))
+    calls = torch.ops._c10d_functional
+    begin, end = calls.all_to_all_single, calls.wait_tensor
+
+    def step():
+        y = spread(x)
+        y.square().sum().backward()
+        grads = [y.detach(), x.grad.clone(), *(full(p.grad).clone() for p in spread.parameters())]
+        x.grad = None
+        spread.zero_grad()
+        return grads
+
+    exchange._collectives = types.SimpleNamespace(
+        all_to_all_single=lambda *a: (seen.append("begin"), begin(*a))[1],
+        wait_tensor=lambda *a: (seen.append("end"), end(*a))[1],
+    )
+    try:
+        apart = step()
+    finally:
+        exchange._collectives = calls
+    counts, two = ["begin", "end"], ["begin", "begin", "end", "end"]
+    # the sums' exchange is around the shared experts, that of their gradients around the shared experts' backward
+    around = [["begin", name, "end"] for name in ("shared", "shared backward")]
+    assert seen == [*counts, *two, *around[0], *around[1], *two], seen
+    path.begin = lambda *a: (lambda rows: lambda: rows)(path.rows(*a))
+    for a, b in zip(step(), apart, strict=True):
+        assert torch.equal(a, b)
+
+
+def in_chunks(rank, ranks):
+    """The same layer with its tokens in parts: every chunk is on its way before the first is waited for."""
+    for chunks in (2, 5):
+        check_ranks(rank, ranks, chunks=chunks)
+    _, spread = pair(config(), ep_mesh(ranks), chunks=3)
+    assert "by all_to_all_single in 3 chunks" in repr(spread)
+    calls, seen = torch.ops._c10d_functional, []
+    begin, end = calls.all_to_all_single, calls.wait_tensor
+    exchange._collectives = types.SimpleNamespace(
+        all_to_all_single=lambda *a: (seen.append("begin"), begin(*a))[1],
+        wait_tensor=lambda *a: (seen.append("end"), end(*a))[1],
+    )
+    try:
+        y = spread(batch([4, 1, 0, 2][:ranks], 16)[rank].requires_grad_())
+        forward = seen[:]
+        y.sum().backward()
+    finally:
+        exchange._collectives = calls
+    # counts; weights and rows of three chunks; then each chunk's wait, and its sums on the way
+    one = ["end", "end", "begin"]
+    assert forward == ["begin", "end", *["begin"] * 6, *one * 3, *["end"] * 3], forward
+    backward = seen[len(forward) :]
+    # the sums' gradients of all chunks set out first
+    assert backward[:3] == ["begin"] * 3 and backward.count("begin") == backward.count("end") == 9, backward
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_chunks(ranks, backend, enough):
+    enough(ranks)
+    run_ranks(in_chunks, ranks, ranks, backend=backend)
+
+
+def test_shared_experts_hide_an_exchange(backend):
+    run_ranks(overlapped, 2, backend=backend)
 
 
 def dies_in_the_exchange(rank):

@@ -23,9 +23,9 @@ def step(layer, x, cotangent, scale, topk_ids=None):
     return out, x.grad
 
 
-def same_as_one_rank(rank, mesh, case, sequences, routing=None):
+def same_as_one_rank(rank, mesh, case, sequences, routing=None, **style):
     ranks = len(sequences)
-    whole, spread = pair(case, mesh)
+    whole, spread = pair(case, mesh, **style)
     c = whole.config
     inputs, cotangents = batch(sequences, c.hidden_size), batch(sequences, c.hidden_size, seed=1)
     ids = None
@@ -57,9 +57,9 @@ def same_as_one_rank(rank, mesh, case, sequences, routing=None):
         assert torch.equal(whole.router.expert_bias, spread.router.expert_bias), what
 
 
-def outputs_of_own_tokens(rank, mesh, case, sequences):
+def outputs_of_own_tokens(rank, mesh, case, sequences, **style):
     """Capacity and Sinkhorn are of each rank's tokens, so each rank's outputs are one rank's for those tokens."""
-    whole, spread = pair(case, mesh)
+    whole, spread = pair(case, mesh, **style)
     x = batch(sequences, whole.config.hidden_size)[rank]
     for training in (True, False):
         one, many = (layer.train(training).forward_with_routing(x) for layer in (whole, spread))
@@ -67,20 +67,20 @@ def outputs_of_own_tokens(rank, mesh, case, sequences):
         assert torch.equal(one.dropped, many.dropped) and torch.equal(one.tokens_per_expert, many.tokens_per_expert)
 
 
-def check_ranks(rank, ranks):
+def check_ranks(rank, ranks, **style):
     mesh = ep_mesh(ranks)
     for case, c in CASES.items():
         if c.num_experts % ranks:
             continue
         for sequences in SEQUENCES[ranks]:
             if case in OWN_TOKENS:
-                outputs_of_own_tokens(rank, mesh, case, sequences)
+                outputs_of_own_tokens(rank, mesh, case, sequences, **style)
             else:
-                same_as_one_rank(rank, mesh, case, sequences)
+                same_as_one_rank(rank, mesh, case, sequences, **style)
     for routing in ("uniform", "zipf", "all_to_one", "last_empty", "duplicates", "dropped"):
         for sequences in SEQUENCES[ranks]:
             # 12 experts, so that any of these numbers of ranks divides them
-            same_as_one_rank(rank, mesh, TWELVE, sequences, routing)
+            same_as_one_rank(rank, mesh, TWELVE, sequences, routing, **style)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])

@@ -1,4 +1,4 @@
-"""What only GPUs tell: sizes that the fast kernels take, in their dtypes, and how NCCL ends when a rank dies."""
+"""What only GPUs tell: the fast kernels' sizes, no wait for the host, how a rank's death ends the other."""
 
 import os
 import signal
@@ -23,12 +23,17 @@ pytestmark = [pytest.mark.cuda, pytest.mark.skipif(gpus() < 2, reason="needs two
 SEQUENCES = ([256, 256], [500, 12], [0, 300])
 #: Seconds until a collective of the group that loses a rank runs out of time, and how long the others may take to end.
 TIMEOUT, END = 10, 90
+PATHS = {
+    "all_to_all_single": {"path": "all_to_all_single"},
+    "symmetric_memory": {"path": "symmetric_memory", "max_tokens": 1024},
+    "bounded": {"path": "symmetric_memory", "max_tokens": 1024, "max_rows": 2048},
+}
 
 
-def same_as_one_rank(rank, dtype, kind, routing, sequences, path):
+def same_as_one_rank(rank, dtype, kind, routing, sequences, style):
     """Outputs and gradients are as near to the float64 truth as eager torch's, in kernels of the size of models."""
     c = config({"renormalize": False}, hidden_size=512, intermediate_size=256, num_experts=16, top_k=4)
-    _, spread = pair(c, ep_mesh(2), dtype=torch.float32 if kind == "autocast" else dtype, path=path)
+    _, spread = pair(c, ep_mesh(2), dtype=torch.float32 if kind == "autocast" else dtype, **style)
     own = slice(sum(sequences[:rank]), sum(sequences[: rank + 1]))
     inputs, cotangents = (batch(sequences, c.hidden_size, seed, dtype) for seed in (0, 1))
     with torch.no_grad():
@@ -59,47 +64,134 @@ def same_as_one_rank(rank, dtype, kind, routing, sequences, path):
         )  # fmt: skip
 
 
-def check_kernels(rank, path):
+def check_kernels(rank, style):
     for dtype, kind in (
         (torch.bfloat16, "plain"), (torch.float16, "plain"), (torch.float32, "plain"), (torch.bfloat16, "autocast"),
     ):  # fmt: skip
         for routing in ("uniform", "zipf", "all_to_one"):
             for sequences in SEQUENCES:
-                same_as_one_rank(rank, dtype, kind, routing, sequences, path)
+                same_as_one_rank(rank, dtype, kind, routing, sequences, style)
 
 
-def test_the_kernels_sizes_and_dtypes():
-    run_ranks(check_kernels, 2, "all_to_all_single", backend="nccl")
+@pytest.mark.parametrize("path", PATHS)
+def test_the_kernels_sizes_and_dtypes(path):
+    run_ranks(check_kernels, 2, PATHS[path], backend="nccl")
 
 
-def dies(rank, operation):
+def step_of(layer, x, cotangent):
+    """Fills the gradients there are; returns the output."""
+    y = layer(x)
+    torch.autograd.backward([y], [cotangent])
+    return y
+
+
+def captured(rank):
+    """Nothing waits for the host, and a graph's replays are the eager step's bits on other data."""
+    c = config({"renormalize": False}, hidden_size=512, intermediate_size=256, num_experts=16, top_k=4)
+    _, spread = pair(c, ep_mesh(2), dtype=torch.bfloat16, **PATHS["bounded"])
+    inputs = [batch([200, 300], 512, seed, torch.bfloat16)[rank] for seed in range(4)]
+    cotangent = torch.ones_like(inputs[0])
+    x = inputs[0].clone().requires_grad_()
+    kept = [x, *spread.parameters()]
+
+    def clear():
+        for p in kept:
+            if p.grad is not None:
+                (p.grad.to_local() if hasattr(p.grad, "to_local") else p.grad).zero_()
+
+    def local(t):
+        return (t.to_local() if hasattr(t, "to_local") else t).clone()
+
+    def eager(data):
+        clear()
+        x.data.copy_(data)
+        y = step_of(spread, x, cotangent)
+        return [local(t) for t in (y.detach(), *(p.grad for p in kept))]
+
+    expected = [eager(data) for data in inputs]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    eager(inputs[0])
+    torch.cuda.set_sync_debug_mode("default")
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step_of(spread, x, cotangent)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = step_of(spread, x, cotangent)
+    for again in range(3):
+        for data, wanted in zip(inputs, expected, strict=True):
+            clear()
+            x.data.copy_(data)
+            graph.replay()
+            for i, (a, b) in enumerate(zip([y.detach(), *(p.grad for p in kept)], wanted, strict=True)):
+                assert torch.equal(local(a), b), (again, i)
+        # other operations of the group between replays
+        assert torch.equal(eager(inputs[1])[0], expected[1][0])
+
+
+def test_no_wait_for_the_host_and_a_cuda_graph():
+    run_ranks(captured, 2, backend="nccl")
+
+
+def too_many(rank, printed):
+    with open(f"{printed}/{rank}", "w") as file:
+        os.dup2(file.fileno(), 1)
+    _, spread = pair(config(), ep_mesh(2), path="symmetric_memory", max_tokens=8, max_rows=9)
+    x = batch([4, 4], 16)[rank]
+    spread.forward_with_routing(x, topk_ids=torch.zeros(8, 3, dtype=torch.int64, device=device()))
+    torch.cuda.synchronize()
+
+
+def test_more_rows_than_the_bound_end_the_program(tmp_path):
+    with pytest.raises(RankFailed) as caught:
+        run_ranks(too_many, 2, str(tmp_path), backend="nccl", timeout=60)
+    assert "rank 0 failed" in str(caught.value) and "CUDA error" in str(caught.value)
+    printed = (tmp_path / "0").read_text()
+    assert "expert-parallel dispatch: rank 0 of 2 gets 16 rows, which is more than max_rows = 9" in printed
+
+
+def dies(rank, operation, style):
     group = dist.new_group([0, 1], timeout=timedelta(seconds=TIMEOUT), group_desc="experts")
-    _, spread = pair(config(), DeviceMesh.from_group(group, "cuda", mesh_dim_names=("ep",)), path="all_to_all_single")
+    _, spread = pair(config(), DeviceMesh.from_group(group, "cuda", mesh_dim_names=("ep",)), **style)
     x = batch([3, 3], 16)[rank]
     spread(x).sum().backward()
     torch.cuda.synchronize()
     if rank == 1:
-        path = spread.experts.parallel.path
-        rows = path.rows
+        path, parallel = spread.experts.parallel.path, spread.experts.parallel
 
-        def killed(*args):
-            if args[-1] == operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return rows(*args)
+        def killed(*_):
+            os.kill(os.getpid(), signal.SIGKILL)
 
-        path.rows = killed
+        if operation == "expert-parallel experts":
+            parallel._experts = killed
+        else:
+            rows = path.rows
+            path.rows = lambda *args: killed() if args[-1] == operation else rows(*args)
     for _ in range(3):
         spread(x).sum().backward()
     torch.cuda.synchronize()
 
 
-@pytest.mark.parametrize("operation", ["expert-parallel dispatch", "expert-parallel combine"])
-def test_a_killed_rank_ends_the_other(operation):
+@pytest.mark.parametrize(
+    ("path", "operation"),
+    [
+        ("all_to_all_single", "expert-parallel dispatch"),
+        ("all_to_all_single", "expert-parallel combine"),
+        ("symmetric_memory", "expert-parallel experts"),
+        ("bounded", "expert-parallel experts"),
+    ],
+)
+def test_a_killed_rank_ends_the_other(path, operation):
     start = time.monotonic()
     with pytest.raises(RankFailed) as caught:
-        run_ranks(dies, 2, operation, backend="nccl", timeout=END + 60, grace=END)
+        run_ranks(dies, 2, operation, PATHS[path], backend="nccl", timeout=END + 60, grace=END)
     print(f"\nended {time.monotonic() - start:.0f} s after the start: {caught.value}")
     text = str(caught.value)
     assert "rank 1 died with exit code -9" in text
-    # by NCCL's watchdog, or by an error that reached Python
+    # by NCCL's watchdog, a trap, or an error that reached Python
     assert "rank 0" in text and "rank 0 did not end in time" not in text, text[-3000:]

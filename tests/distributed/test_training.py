@@ -60,7 +60,7 @@ def train(model, inputs, targets, mesh=None):
     return losses, norms
 
 
-def check_training(rank, ranks):
+def check_training(rank, ranks, **style):
     torch.manual_seed(0)
     whole = Model().to(device())
     # a step's tokens grow more alike: uniform to all to few experts
@@ -72,8 +72,9 @@ def check_training(rank, ranks):
         for p in spread.parameters():
             p.data.zero_()  # every rank starts with rank 0's weights
     mesh = ep_mesh(ranks)
-    parallelize_module(spread, mesh, {"layers.*.moe": ExpertParallel()})
-    assert f"expert_parallel=rank {rank} of {ranks} by all_to_all_single" in repr(spread)
+    parallelize_module(spread, mesh, {"layers.*.moe": ExpertParallel(**style)})
+    path = style.get("path", "all_to_all_single")
+    assert f"expert_parallel=rank {rank} of {ranks} by {path}" in repr(spread)
     got = train(spread, inputs.chunk(ranks, 1)[rank], targets.chunk(ranks, 1)[rank], mesh)
     if rank:
         for q in spread.parameters():
@@ -218,7 +219,14 @@ def test_ranks_that_differ_are_refused_on_every_rank(backend):
 def test_the_style_refuses_what_it_does_not_know():
     for wrong, message in (
         ({"gradient": "average"}, "gradient must be one of 'mean', 'sum', got 'average'"),
-        ({"path": "nvshmem"}, "path must be one of 'auto', 'all_to_all_single', got 'nvshmem'"),
+        ({"path": "nvshmem"}, "path must be one of 'auto', 'all_to_all_single', 'symmetric_memory', got 'nvshmem'"),
+        ({"path": "symmetric_memory"}, "max_tokens must be given for symmetric memory"),
+        ({"max_rows": 4}, "max_tokens must be given for symmetric memory"),
+        ({"path": "all_to_all_single", "max_tokens": 4}, "max_tokens must be None for path 'all_to_all_single'"),
+        ({"chunks": 0}, "chunks must be an integer of at least 1, got 0"),
+        ({"chunks": 2, "max_tokens": 8}, "chunks must be 1 with max_tokens, for symmetric memory has none, got 2"),
+        ({"max_tokens": 0}, "max_tokens must be an integer of at least 1 or None, got 0"),
+        ({"max_tokens": 8, "max_rows": 2.5}, "max_rows must be an integer of at least 1 or None, got 2.5"),
     ):
         with pytest.raises(ValueError, match=message):
             ExpertParallel(**wrong)

@@ -47,6 +47,7 @@ BAD = [
     ("eval_capacity_factor", float("nan"), "a finite number of at least 0"),
     ("drop_policy", "random", "one of 'position', 'probs'"),
     ("recompute", 0, "True or False"),
+    ("gradient_accumulation_fusion", 1, "True or False"),
     ("initializer_range", -1.0, "a finite number of at least 0"),
 ]
 BAD_ROUTER = [

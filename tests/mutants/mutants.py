@@ -62,17 +62,24 @@ MUTANTS = (
     Mutant(
         "gradient_of_an_idle_expert_unwritten",
         CPU + "experts_backward.cpp",
-        "  if (first == last) {\n"
+        "    if (adds) return;\n"
         "    for (int64_t r = 0; r < m; ++r) std::fill_n(out + r * stride, n, T(0));\n    return;",
-        "  if (first == last) {\n    return;",
+        "    return;",
         f"{POISON} -k forward_and_backward",
     ),
     Mutant(
         "long_experts_keep_their_last_rows_only",
         CPU + "experts_backward.cpp",
-        "      multiply<T, A>(scratch, m, n, block.rows(), gathered.t(), by_slot, sum, s > first);",
+        "      multiply<T, A>(scratch, m, n, block.rows(), gathered.t(), by_slot, sum, adds || s > first);",
         "      multiply<T, A>(scratch, m, n, block.rows(), gathered.t(), by_slot, sum, false);",
         f"{EXPERTS} -k 'against_oracle or many_rows'",
+    ),
+    Mutant(
+        "buffer_of_the_gate_and_up_gradient_overwritten",
+        CPU + "experts_backward.cpp",
+        "by_slot, sum.t(), adds || s > first);",
+        "by_slot, sum.t(), s > first);",
+        "tests/modules/test_main_grad.py -k micro_batches",
     ),
     Mutant(
         "routing_gradient_of_the_last_columns_only",
@@ -125,6 +132,13 @@ MUTANTS = (
         "gate_clamped ? zero : grad * shifted * c.slope",
         "grad * shifted * c.slope",
         f"{EXPERTS} {GRADCHECK} -k 'corners or clamped'",
+    ),
+    Mutant(
+        "no_gradient_exactly_at_the_limit",
+        CPU + "vector/kernels_impl.h",
+        "gate_clamped = gate > limit, up_high = up > limit",
+        "gate_clamped = gate >= limit, up_high = up >= limit",
+        f"{EXPERTS} -k corners",
     ),
     Mutant(
         "relu2_slope_halved",
@@ -243,6 +257,20 @@ MUTANTS = (
         COMBINE,
     ),
     Mutant(
+        "gradient_of_combined_rows_without_the_weight",
+        CPU + "combine.cpp",
+        "const A scale = served && w ? w[plan.slot_index[s]] : A(1);",
+        "const A scale = A(1);",
+        f"{COMBINE} {GRADCHECK} -k combine",
+    ),
+    Mutant(
+        "weight_gradient_of_a_dropped_pair_unwritten",
+        CPU + "combine.cpp",
+        "          out[i] = slot < 0 ? A(0) : k.dot(",
+        "          if (slot >= 0) out[i] = k.dot(",
+        f"{POISON} -k every_operator",
+    ),
+    Mutant(
         "grouped_linear_leaves_the_tail_unwritten",
         CPU + "grouped_linear.cpp",
         "  zero_tail<T>(out, groups.served);",
@@ -313,6 +341,57 @@ MUTANTS = (
         "cast(hidden_states), cast(gate_up_proj), cast(down_proj), topk_weights,",
         "cast(hidden_states), gate_up_proj, down_proj, topk_weights,",
         f"{FRAMEWORKS} -k autocast",
+    ),
+    # several ranks
+    Mutant(
+        "exchanged_gradients_go_on_instead_of_back",
+        "csrc/autograd/exchange.cpp",
+        'data["recv_counts"].toSymIntVector(), data["send_counts"].toSymIntVector(),',
+        'data["send_counts"].toSymIntVector(), data["recv_counts"].toSymIntVector(),',
+        "tests/distributed/test_exchange.py -k gradients",
+    ),
+    Mutant(
+        "norm_without_the_other_ranks_experts",
+        "fastmoe_cpp/parallel/gradients.py",
+        "        for group in groups:\n            _all_reduce(part,",
+        "        for group in groups[:0]:\n            _all_reduce(part,",
+        "tests/distributed/test_expert_parallel.py",
+    ),
+    Mutant(
+        "gradients_summed_not_averaged",
+        "fastmoe_cpp/parallel/gradients.py",
+        "            flat.div_(group.size())\n",
+        "",
+        "tests/distributed/test_expert_parallel.py",
+    ),
+    # FastMoE's interface, checkpoints, Megatron-LM
+    Mutant(
+        "one_token_above_the_capacity_of_a_gate",
+        "fastmoe_cpp/fmoe/gates/utils.py",
+        "(place < allowed[expert])",
+        "(place <= allowed[expert])",
+        "tests/fmoe/test_fmoe_gates.py",
+    ),
+    Mutant(
+        "gshard_loss_counts_second_choices",
+        "fastmoe_cpp/fmoe/gates/utils.py",
+        "ops.expert_counts(ids[None, :, :1], experts)",
+        "ops.expert_counts(ids[None], experts)",
+        "tests/fmoe/test_fmoe_gates.py",
+    ),
+    Mutant(
+        "gate_and_up_swapped_in_torchtitan_s_files",
+        "fastmoe_cpp/checkpoint/layouts/torchtitan.py",
+        '{"gate": "moe.experts.w1", "up": "moe.experts.w3",',
+        '{"gate": "moe.experts.w3", "up": "moe.experts.w1",',
+        "tests/checkpoint/test_layouts.py -k torchtitan",
+    ),
+    Mutant(
+        "balance_loss_scaled_by_no_micro_batches",
+        "megatron_adapters/megatron_lm/schedule.py",
+        " / host.num_microbatches()",
+        "",
+        "tests/adapters/test_megatron_lm.py -k 'stand-in and 2.5'",
     ),
     # the modules
     Mutant(

@@ -171,6 +171,15 @@ def _(s):
     return [Call((grad, *full, *biases, None, "swiglu", 1.702, 7.0, False, False, [True] * 6))]
 
 
+@of("experts_backward_accumulate")
+def _(s):
+    full, biases = _experts(s, True)
+    grad = s.new(s.tokens, s.hidden)
+    rest = (None, "swiglu", 1.702, 7.0, False, False, [True] * 6)
+    buffers = [s.new(*w.shape, dtype=s.wide, leaf=False) for w in full[1:3]]
+    return [Call((grad, *full, *biases, *rest, *pair)) for pair in (buffers, (None, buffers[1]))]
+
+
 @of("grouped_linear")
 def _(s):
     rows, w = s.new(s.tokens * s.top_k, s.hidden), s.new(s.experts, s.inner, s.hidden)

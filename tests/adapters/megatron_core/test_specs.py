@@ -139,3 +139,35 @@ def test_bad_input():
         layer(x, padding_mask=torch.zeros(6, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match="intermediate_tensors must be None"):
         layer(x, intermediate_tensors=(x, x))
+
+
+@pytest.mark.parametrize("parts_only", [False, True], ids=["layer", "parts"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_gradient_accumulation_fusion(parts_only, wrapped):
+    """Over micro-batches the experts' gradients are added to main_grad, and the wrapper's hook is told so."""
+    c = host.config(params_dtype=torch.bfloat16, bf16=True)
+    plain = host.our_layer(c, host.host_layer(c), parts_only)
+    fused = host.our_layer(host.config(params_dtype=torch.bfloat16, bf16=True), plain, parts_only)
+    fused.config.gradient_accumulation_fusion = True
+    experts = [fused.experts.linear_fc1.weight, fused.experts.linear_fc2.weight]
+    sums, sizes = [0.0, 0.0], [0.0, 0.0]
+    for weight in experts:
+        weight.main_grad = torch.zeros(weight.shape)
+        if wrapped:
+            weight.grad_added_to_main_grad = False
+    for _ in range(3):
+        x = host.hidden_states(torch.bfloat16)
+        found, expected = host.step(fused, x), host.step(plain, x)
+        assert torch.equal(found[0], expected[0])
+        for name, gradient in expected[1].items():
+            if "linear_fc" not in name:
+                assert torch.equal(found[1][name], gradient), name
+            else:
+                assert (found[1][name] is not None) == wrapped
+                i = int("fc2" in name)
+                sums[i], sizes[i] = sums[i] + gradient.double(), sizes[i] + gradient.double().abs()
+    for weight, total, size in zip(experts, sums, sizes, strict=True):
+        assert not wrapped or weight.grad_added_to_main_grad
+        # the other layer rounds every micro-batch's gradient
+        assert ((weight.main_grad.double() - total).abs() <= 2**-8 * size + 1e-6 * size.max()).all() and size.any()
+        assert (weight.main_grad != weight.main_grad.bfloat16()).any()

@@ -35,8 +35,8 @@ cudaError_t encode(CUtensorMap* map, const MatrixView& view, int box_rows) {
   };
   CUresult result = run();
   if (result != CUDA_SUCCESS) {
-    // This thread may not have called the runtime yet, which gives it its context (a backward thread whose memory was all in
-    // the allocator's cache).
+    // This thread may not have called the runtime yet, which gives it its context: a backward thread whose memory was
+    // all in the allocator's cache.
     int device;
     FASTMOE_RETURN_IF_ERROR(cudaGetDevice(&device));
     FASTMOE_RETURN_IF_ERROR(cudaSetDevice(device));
