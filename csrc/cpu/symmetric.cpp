@@ -31,6 +31,7 @@ struct Group {
 
   Group(const Tensor& peers, at::IntArrayRef space, std::string_view name)
       : space(space_of(peers, space)), peers(peers.const_data_ptr<int64_t>()), name(name), epoch(*counter() + 1) {}
+  // NOLINTNEXTLINE(performance-no-int-to-ptr): an address is all that is known of another process's memory here
   char* base(int rank) const { return reinterpret_cast<char*>(peers[rank]); }
   uint32_t* counter() const { return reinterpret_cast<uint32_t*>(base(space.rank) + kEpochAt); }
   char* half(int rank) const { return base(rank) + kControlBytes + (epoch & 1) * space.half_bytes; }

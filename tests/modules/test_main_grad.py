@@ -5,10 +5,14 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 from support.tolerance import close
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint
 
 from fastmoe_cpp import MoE, MoEConfig, ops
+from fastmoe_cpp.parallel import ExpertParallel
 from modules.cases import CASES, HIDDEN, make
 
 FUSED = ("experts.gate_up_proj", "experts.down_proj")
@@ -263,3 +267,35 @@ def test_a_buffer_that_does_not_fit(buffer, says):
     fused.experts.down_proj.main_grad = buffer(fused.experts.down_proj)
     with pytest.raises(ValueError, match=says):
         fused(x).sum().backward()
+
+
+def test_expert_parallelism_is_refused():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        with pytest.raises(ValueError, match="gradient_accumulation_fusion must be False, got True"):
+            parallelize_module(pair("mixtral")[0], mesh, ExpertParallel())
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_at_sizes_of_the_hopper_kernels(dtype, recompute):
+    """And without a wait for the device."""
+    config = MoEConfig(128, 64, 16, top_k=4, bias=True, recompute=recompute)
+    fused, plain = pair(config, "cuda", dtype)
+    micro_batches = [torch.randn(386 + i, 128, device="cuda", dtype=dtype) for i in range(3)]
+    train(fused, micro_batches[:1])
+    give(fused, flag=True)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = train(fused, micro_batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(found, train(plain, micro_batches), strict=True):
+        assert torch.equal(a, b)
+    near(fused, gradients_of_each(plain, micro_batches), dtype)
+    assert all(weight.grad_added_to_main_grad for weight in weights(fused).values())
