@@ -61,7 +61,11 @@ def check(inputs, dtype, *, recompute=False, **options):
     eager, eager_grads = oracle_run(inputs, dtype, cotangent, **options)
     poison()
     out, grads = run(inputs, cotangent, recompute=recompute, **options)
-    tolerance.close(out, truth, eager, what="output")
+    magnitude = 0.0
+    if 0 < truth.numel() < tolerance.FEW:  # eager torch's error is luck: the size of the terms is the measure
+        unsigned = inputs | {"down_proj": inputs["down_proj"].abs()}
+        magnitude = float(oracle_run(unsigned, torch.float64, cotangent, **options)[0].abs().max())
+    tolerance.close(out, truth, eager, what="output", magnitude=magnitude)
     # a routing weight's gradient is a product of two rows: where its terms cancel, what is left is their rounding
     rows = (cotangent.double() * truth).norm(dim=1)
     product = 2 * float(rows.max()) if rows.numel() else 0.0

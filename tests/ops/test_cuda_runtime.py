@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from functools import partial
 
 import pytest
@@ -155,3 +156,36 @@ def test_two_launches_from_logits_to_plan():
             torch.cuda.synchronize()
         kernels = [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
         assert len(kernels) == 2 and all("fastmoe_cpp" in k for k in kernels), kernels
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_thread_that_has_no_context_yet(dtype):
+    """Where all memory comes from the allocator's cache, the experts' launches are the first calls of the thread: so it
+    is with the thread of a first backward pass."""
+    T, H, I, E, K = 300, 64, 64, 4, 2
+    x, weights = normal(T, H, seed=1, dtype=dtype, device="cuda"), torch.full((T, K), 0.5, device="cuda")
+    gate_up = normal(E, 2 * I, H, seed=2, std=H**-0.5, dtype=dtype, device="cuda")
+    down = normal(E, H, I, seed=3, std=I**-0.5, dtype=dtype, device="cuda")
+    ids = torch.arange(T * K, device="cuda").view(T, K) % E
+
+    def run() -> Tensor:
+        plan = ops.dispatch(ids, E)[:3]
+        return ops.experts(x, gate_up, down, weights, *plan)
+
+    expected = run()
+    run()  # memory for a second result
+    plan = ops.dispatch(ids, E)[:3]
+    torch.cuda.synchronize()
+    found: list[Tensor | Exception] = []
+
+    def work() -> None:
+        try:
+            found.append(ops.experts(x, gate_up, down, weights, *plan))
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert isinstance(found[0], Tensor), found[0]
+    assert torch.equal(bits(found[0]), bits(expected))

@@ -22,7 +22,8 @@ def same(found, expected, relative, name):
     if expected.numel():
         error = (found.cpu() - expected).double().abs().max()
         largest = expected.double().abs().max()
-        assert error <= relative * largest + 1e-30, f"{name} is off by {error:.3g} where the largest is {largest:.3g}"
+        # below the second part is what is left of terms that cancel
+        assert error <= relative * largest + 1e-12 * (found.dtype == torch.float64), f"{name} is off by {error:.3g} where the largest is {largest:.3g}"
 
 
 def same_on_both(layer, x, outputs, relative):
@@ -53,8 +54,9 @@ def test_transformer_layers(era, host, parallel, tied, pipe, training):
     for top_k in (1, 2):
         torch.manual_seed(top_k)
         args = arguments(host, gpt_j_residual=parallel, gpt_j_tied=tied, moe_top_k=top_k)
-        layer = host.layer(args, pipe=pipe).cpu().train(training)
-        x = torch.randn(SEQUENCE, BATCH, HIDDEN)
+        # with one expert a token the router's gradient is what a cancellation leaves: float32 would have no digit of it
+        layer = host.layer(args, pipe=pipe).cpu().double().train(training)
+        x = torch.randn(SEQUENCE, BATCH, HIDDEN, dtype=torch.float64)
 
         def outputs(layer, x, pipe=pipe):
             given = mask().to(x.device)
@@ -68,7 +70,7 @@ def test_transformer_layers(era, host, parallel, tied, pipe, training):
             assert moe_loss.shape == () and moe_loss.dtype == x.dtype
             return {"output": output, "moe_loss": moe_loss}
 
-        same_on_both(layer, x, outputs, 2e-4)
+        same_on_both(layer, x, outputs, 1e-6)
 
 
 @pytest.mark.parametrize("parallel", [False, True])

@@ -170,7 +170,7 @@ def step(layer: MoELayer, x: torch.Tensor, padding_mask: torch.Tensor | None = N
     x = x.detach().clone().requires_grad_()
     output, bias = layer(x, padding_mask=padding_mask, **how)
     assert bias is None
-    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).reshape(output.shape)
+    weight = torch.linspace(-1, 1, output.numel(), dtype=output.dtype, device=output.device).reshape(output.shape)
     (output * weight).sum().backward()
     return output.detach(), {"hidden_states": x.grad, **gradients(layer)}
 

@@ -52,7 +52,8 @@ def test_as_the_hosts_layer(case, parts_only):
 def test_as_on_the_cpu(recompute):
     """And recomputed by the host's function, which keeps the states of the GPU's generators."""
     changes = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
-    here = host.our_layer(host.config(**changes), host.host_layer(host.config(**changes)))
+    # the host puts its expert_bias on the GPU where there is one
+    here = host.our_layer(host.config(**changes), host.host_layer(host.config(**changes))).cpu()
     there = host.our_layer(host.config(**changes, moe_layer_recompute=recompute), here).to(DEVICE)
     x, mask = host.hidden_states(), torch.zeros(host.BATCH, host.SEQUENCE, dtype=torch.bool)
     mask[0, -2:] = True

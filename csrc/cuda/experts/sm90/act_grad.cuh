@@ -32,7 +32,7 @@ cudaError_t run_act_grad(const ActGradParams& p, float* partial, cudaStream_t st
 template <typename T, bool kGated, bool kSwiGLU>
 cudaError_t tile_act_grad(const ActGradParams& p, float* partial, cudaStream_t stream) {
   using Epilogue = ActGradEpilogue<kGated, kSwiGLU>;
-  return run_act_grad<Gemm<T, Load::gathered_rows, Load::columns, true, 1, 256, 1, false, Epilogue>>(p, partial,
+  return run_act_grad<Gemm<T, Load::gathered_rows, Load::columns, true, 256, 1, false, 2, Epilogue>>(p, partial,
                                                                                                      stream);
 }
 

@@ -4,10 +4,6 @@
 
 namespace fastmoe_cpp::cuda::sm90 {
 
-#ifdef FASTMOE_SM90_TUNE
-int forced_tiling = -1;
-#endif
-
 namespace {
 
 // Slots of an expert where the slots spread evenly; what is known before the device has counted them.
@@ -16,17 +12,8 @@ int64_t rows_an_expert(const ExpertShape& shape) {
 }
 
 Tiling choose(Product product, const ExpertShape& shape) {
-#ifdef FASTMOE_SM90_TUNE
-  if (forced_tiling >= 0 && product != Product::act_grad) return static_cast<Tiling>(forced_tiling);
-#endif
-  switch (product) {
-    case Product::up: return rows_an_expert(shape) <= 32 ? Tiling::narrow : Tiling::cooperative;
-    case Product::down:
-      if (rows_an_expert(shape) <= 32) return Tiling::narrow;
-      return shape.intermediate <= 1024 ? Tiling::wide : Tiling::cooperative;
-    case Product::input_grad: return shape.intermediate <= 256 ? Tiling::wide : Tiling::cooperative;
-    default: return Tiling::cooperative;
-  }
+  const bool decodes = product == Product::up || product == Product::down;
+  return decodes && rows_an_expert(shape) <= 32 ? Tiling::narrow : Tiling::cooperative;
 }
 
 const char* name_of(Product product) {
@@ -37,19 +24,18 @@ const char* name_of(Product product) {
 }  // namespace
 
 Configuration configure(Product product, const ExpertShape& shape) {
-  switch (choose(product, shape)) {
-    case Tiling::narrow: return {Tiling::narrow, 64, 64};
-    case Tiling::square: return {Tiling::square, 128, 128};
-    case Tiling::wide: return {Tiling::wide, 128, 192};
-    default: return {Tiling::cooperative, 128, 256};
-  }
+  if (choose(product, shape) == Tiling::narrow) return {Tiling::narrow, 64, 64, 1};
+  return {Tiling::cooperative, 128, 256, 2};
 }
 
 std::string explain(Product product, const ExpertShape& shape) {
-  constexpr const char* kTilings[] = {"ping-pong", "ping-pong", "ping-pong", "cooperative"};
   const Configuration c = configure(product, shape);
-  return std::string(name_of(product)) + ": " + std::to_string(c.tile_rows) + "x" + std::to_string(c.tile_columns) +
-         " " + kTilings[static_cast<int>(c.tiling)] + ", " + std::to_string(rows_an_expert(shape)) + " rows an expert";
+  const std::string rows = std::to_string(rows_an_expert(shape)) + " rows an expert";
+  const std::string tile = std::to_string(c.tile_rows) + "x" + std::to_string(c.tile_columns);
+  return std::string(name_of(product)) + ": " + tile +
+         (c.tiling == Tiling::narrow ? " ping-pong, "
+                                     : " cooperative, clusters of " + std::to_string(c.cluster) + ", ") +
+         rows;
 }
 
 }  // namespace fastmoe_cpp::cuda::sm90

@@ -10,21 +10,16 @@ enum class Product : int { up, down, act_grad, input_grad, gate_up_weight_grad, 
 
 enum class Tiling : int {
   narrow,       // 64 x 64 a warpgroup, ping-pong: few rows an expert, bound by reading weights
-  square,       // 128 x 128 a warpgroup, ping-pong: the epilogue is hidden and has registers to work with
-  wide,         // 128 x 192 a warpgroup, ping-pong: the epilogue is hidden
-  cooperative,  // 128 x 256 a pair of warpgroups: least traffic, epilogue exposed
+  cooperative,  // 128 x 256 a pair of warpgroups, in clusters of two that share an operand: least traffic
 };
 
 struct Configuration {
   Tiling tiling;
   int tile_rows, tile_columns;  // of the product: slots (weight gradients: output rows) by columns of B's rows
+  int cluster;                  // blocks that share an operand
 };
 
 Configuration configure(Product, const ExpertShape&);
 std::string explain(Product, const ExpertShape&);  // one line
-
-#ifdef FASTMOE_SM90_TUNE
-extern int forced_tiling;  // a Tiling, or -1; for benchmarks that compare tilings
-#endif
 
 }  // namespace fastmoe_cpp::cuda::sm90

@@ -9,7 +9,7 @@ cudaError_t run_down(const DownParams& p, cudaStream_t stream) {
   const ExpertShape& shape = p.shape;
   Arguments<G> args = arguments<G>(shape, p.plan);
   FASTMOE_RETURN_IF_ERROR(encode(&args.a_map, slots_view(shape, p.act, shape.intermediate, 1), 64));
-  FASTMOE_RETURN_IF_ERROR(encode(&args.b_map, down_view(shape, p.down), G::kN));
+  FASTMOE_RETURN_IF_ERROR(encode(&args.b_map, down_view(shape, p.down), G::kBBoxRows));
   args.k_size = static_cast<int>(shape.intermediate);
   args.n_size = static_cast<int>(shape.hidden);
   args.n_tiles = static_cast<int>(ceil_div(shape.hidden, G::kN));
@@ -19,17 +19,10 @@ cudaError_t run_down(const DownParams& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t launch_down(const DownParams& p, cudaStream_t stream) {
-  switch (configure(Product::down, p.shape).tiling) {
-    case Tiling::narrow:
-      return run_down<Gemm<T, Load::rows, Load::rows, false, 1, 64, 1, false, RowsEpilogue>>(p, stream);
-#ifdef FASTMOE_SM90_TUNE
-    case Tiling::square:
-      return run_down<Gemm<T, Load::rows, Load::rows, false, 2, 128, 1, false, RowsEpilogue>>(p, stream);
-#endif
-    case Tiling::cooperative:
-      return run_down<Gemm<T, Load::rows, Load::rows, true, 1, 256, 1, false, RowsEpilogue>>(p, stream);
-    default: return run_down<Gemm<T, Load::rows, Load::rows, false, 2, 192, 1, false, RowsEpilogue>>(p, stream);
+  if (configure(Product::down, p.shape).tiling == Tiling::narrow) {
+    return run_down<Gemm<T, Load::rows, Load::rows, false, 64, 1, false, 1, RowsEpilogue>>(p, stream);
   }
+  return run_down<Gemm<T, Load::rows, Load::rows, true, 256, 1, false, 2, RowsEpilogue>>(p, stream);
 }
 
 template <class G>
@@ -49,16 +42,7 @@ cudaError_t run_input_grad(const InputGradParams& p, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t launch_input_grad(const InputGradParams& p, cudaStream_t stream) {
-  switch (configure(Product::input_grad, p.shape).tiling) {
-    case Tiling::cooperative:
-      return run_input_grad<Gemm<T, Load::rows, Load::columns, true, 1, 256, 1, false, RowsEpilogue>>(p, stream);
-#ifdef FASTMOE_SM90_TUNE
-    case Tiling::square:
-      return run_input_grad<Gemm<T, Load::rows, Load::columns, false, 2, 128, 1, false, RowsEpilogue>>(p, stream);
-#endif
-    default:
-      return run_input_grad<Gemm<T, Load::rows, Load::columns, false, 2, 192, 1, false, RowsEpilogue>>(p, stream);
-  }
+  return run_input_grad<Gemm<T, Load::rows, Load::columns, true, 256, 1, false, 2, RowsEpilogue>>(p, stream);
 }
 
 }  // namespace fastmoe_cpp::cuda::sm90

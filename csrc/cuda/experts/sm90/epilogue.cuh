@@ -101,9 +101,9 @@ __device__ __forceinline__ void with_activation(Activation activation, Body&& bo
   }
 }
 
-// Row of the tile of this thread's row half h of block m.
-__device__ __forceinline__ int row_of(int first_row, int m, int h) {
-  return first_row + m * 64 + ((threadIdx.x >> 5) & 3) * 16 + ((threadIdx.x & 31) >> 2) + 8 * h;
+// Row of the tile of this thread's row half h.
+__device__ __forceinline__ int row_of(int first_row, int h) {
+  return first_row + ((threadIdx.x >> 5) & 3) * 16 + ((threadIdx.x & 31) >> 2) + 8 * h;
 }
 
 // Packs 32 columns of one row half and stores them; `row` points to the group's first column.
@@ -120,6 +120,9 @@ __device__ __forceinline__ void store_group(const float (&accumulators)[kCount],
   if (valid && column + quad * 8 < columns) store_16(row + quad * 8, v);
 }
 
+// What an epilogue fetches before the main loop.
+struct Nothing {};
+
 // rows[s] = accumulators (+ bias[e])
 struct RowsEpilogue {
   static constexpr int kInputHalves = 0;
@@ -129,9 +132,15 @@ struct RowsEpilogue {
     int columns;
   };
 
+  using Ahead = Nothing;
+  template <class G>
+  __device__ static Ahead fetch(const Arguments<G>&, const Tile&, int) {
+    return {};
+  }
+
   template <class G>
   __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
-                               float (&accumulators)[G::kBlocksM][G::kN / 2], const Ring& ring,
+                               float (&accumulators)[G::kN / 2], const Ahead& ahead, const Ring& ring,
                                Position<G::kStages>& position) {
     using T = typename G::T;
     const Params& params = args.epilogue;
@@ -142,23 +151,17 @@ struct RowsEpilogue {
       for (int b = 0; b < G::kN / 8; ++b) {
         const int c = column + 8 * b + 2 * quad;
         const float2 add = c < params.columns ? unpack<T>(*reinterpret_cast<const uint32_t*>(bias + c)) : float2{0, 0};
-#pragma unroll
-        for (int m = 0; m < G::kBlocksM; ++m) {
-          accumulators[m][4 * b] += add.x, accumulators[m][4 * b + 1] += add.y;
-          accumulators[m][4 * b + 2] += add.x, accumulators[m][4 * b + 3] += add.y;
-        }
+        accumulators[4 * b] += add.x, accumulators[4 * b + 1] += add.y;
+        accumulators[4 * b + 2] += add.x, accumulators[4 * b + 3] += add.y;
       }
     }
 #pragma unroll
-    for (int m = 0; m < G::kBlocksM; ++m) {
+    for (int h = 0; h < 2; ++h) {
+      const int row = row_of(first_row, h);
+      T* const out = static_cast<T*>(params.out) + static_cast<int64_t>(tile.first + row) * params.columns + column;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = row_of(first_row, m, h);
-        T* const out = static_cast<T*>(params.out) + static_cast<int64_t>(tile.first + row) * params.columns + column;
-#pragma unroll
-        for (int b = 0; b < G::kN / 8; b += 4) {
-          store_group<T>(accumulators[m], b, h, out + b * 8, column + b * 8, params.columns, row < tile.rows);
-        }
+      for (int b = 0; b < G::kN / 8; b += 4) {
+        store_group<T>(accumulators, b, h, out + b * 8, column + b * 8, params.columns, row < tile.rows);
       }
     }
   }
@@ -178,9 +181,15 @@ struct UpEpilogue {
     float alpha, limit;
   };
 
+  using Ahead = Nothing;
+  template <class G>
+  __device__ static Ahead fetch(const Arguments<G>&, const Tile&, int) {
+    return {};
+  }
+
   template <class G>
   __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
-                               float (&accumulators)[G::kBlocksM][G::kN / 2], const Ring& ring,
+                               float (&accumulators)[G::kN / 2], const Ahead& ahead, const Ring& ring,
                                Position<G::kStages>& position) {
     const Params& params = args.epilogue;
     if (params.scale != nullptr) scale_rows<G>(args, tile, first_row, accumulators);
@@ -191,36 +200,32 @@ struct UpEpilogue {
       constexpr int kColumns = kGated ? G::kN / 2 : G::kN;
       const int column = tile.n * kColumns, quad = threadIdx.x & 3, intermediate = params.intermediate;
 #pragma unroll
-      for (int m = 0; m < G::kBlocksM; ++m) {
+      for (int h = 0; h < 2; ++h) {
+        const int row = row_of(first_row, h);
+        const int64_t slot = tile.first + row;
+        T* const pre = static_cast<T*>(params.pre_activation) + slot * intermediate * (kGated ? 2 : 1) + column;
+        T* const act = static_cast<T*>(params.act) + slot * intermediate + column;
 #pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = row_of(first_row, m, h);
-          const int64_t slot = tile.first + row;
-          T* const pre = static_cast<T*>(params.pre_activation) + slot * intermediate * (kGated ? 2 : 1) + column;
-          T* const act = static_cast<T*>(params.act) + slot * intermediate + column;
-#pragma unroll
-          for (int b = 0; b < kColumns / 8; b += 4) {
-            const int c = column + b * 8;
-            if (params.pre_activation != nullptr) {
-              store_group<T>(accumulators[m], b, h, pre + b * 8, c, intermediate, row < tile.rows);
-              if constexpr (kGated) {
-                store_group<T>(accumulators[m], b + kColumns / 8, h, pre + intermediate + b * 8, c, intermediate,
-                               row < tile.rows);
-              }
+        for (int b = 0; b < kColumns / 8; b += 4) {
+          const int c = column + b * 8;
+          if (params.pre_activation != nullptr) {
+            store_group<T>(accumulators, b, h, pre + b * 8, c, intermediate, row < tile.rows);
+            if constexpr (kGated) {
+              store_group<T>(accumulators, b + kColumns / 8, h, pre + intermediate + b * 8, c, intermediate,
+                             row < tile.rows);
             }
-            uint32_t v[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const int gate = 4 * (b + i) + 2 * h, up = kGated ? gate + kColumns / 2 : gate;
-              v[i] =
-                  pack<T>(value_of<kActivation>(accumulators[m][gate], accumulators[m][up], params.alpha, params.limit),
-                          value_of<kActivation>(accumulators[m][gate + 1], accumulators[m][up + 1], params.alpha,
-                                                params.limit));
-            }
-            transpose_quad(v);
-            if (params.act != nullptr && row < tile.rows && c + quad * 8 < intermediate)
-              store_16(act + b * 8 + quad * 8, v);
           }
+          uint32_t v[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int gate = 4 * (b + i) + 2 * h, up = kGated ? gate + kColumns / 2 : gate;
+            v[i] = pack<T>(
+                value_of<kActivation>(accumulators[gate], accumulators[up], params.alpha, params.limit),
+                value_of<kActivation>(accumulators[gate + 1], accumulators[up + 1], params.alpha, params.limit));
+          }
+          transpose_quad(v);
+          if (params.act != nullptr && row < tile.rows && c + quad * 8 < intermediate)
+            store_16(act + b * 8 + quad * 8, v);
         }
       }
     });
@@ -229,25 +234,21 @@ struct UpEpilogue {
  private:
   template <class G>
   __device__ static void scale_rows(const Arguments<G>& args, const Tile& tile, int first_row,
-                                    float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+                                    float (&accumulators)[G::kN / 2]) {
 #pragma unroll
-    for (int m = 0; m < G::kBlocksM; ++m) {
+    for (int h = 0; h < 2; ++h) {
+      const int row = row_of(first_row, h);
+      const float scale = row < tile.rows ? args.epilogue.scale[args.slot_index[tile.first + row]] : 0.0f;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = row_of(first_row, m, h);
-        const float scale = row < tile.rows ? args.epilogue.scale[args.slot_index[tile.first + row]] : 0.0f;
-#pragma unroll
-        for (int b = 0; b < G::kN / 8; ++b) {
-          accumulators[m][4 * b + 2 * h] *= scale;
-          accumulators[m][4 * b + 2 * h + 1] *= scale;
-        }
+      for (int b = 0; b < G::kN / 8; ++b) {
+        accumulators[4 * b + 2 * h] *= scale;
+        accumulators[4 * b + 2 * h + 1] *= scale;
       }
     }
   }
 
   template <class G>
-  __device__ static void add_bias(const Arguments<G>& args, const Tile& tile,
-                                  float (&accumulators)[G::kBlocksM][G::kN / 2]) {
+  __device__ static void add_bias(const Arguments<G>& args, const Tile& tile, float (&accumulators)[G::kN / 2]) {
     using T = typename G::T;
     const Params& params = args.epilogue;
     constexpr int kColumns = kGated ? G::kN / 2 : G::kN;
@@ -261,11 +262,8 @@ struct UpEpilogue {
                   c = tile.n * kColumns + 8 * (b % (kColumns / 8)) + 2 * (threadIdx.x & 3) + i;
         const int index = kGated && params.interleaved ? 2 * c + half : half * params.intermediate + c;
         const float add = c < params.intermediate ? static_cast<float>(bias[index]) : 0.0f;
-#pragma unroll
-        for (int m = 0; m < G::kBlocksM; ++m) {
-          accumulators[m][4 * b + i] += add;
-          accumulators[m][4 * b + 2 + i] += add;
-        }
+        accumulators[4 * b + i] += add;
+        accumulators[4 * b + 2 + i] += add;
       }
     }
   }
@@ -286,41 +284,52 @@ struct ActGradEpilogue {
     float alpha, limit;
   };
 
+  struct Ahead {
+    float scale[2];  // of this thread's rows
+  };
+  // Two loads in a chain: they return under the main loop.
+  template <class G>
+  __device__ static Ahead fetch(const Arguments<G>& args, const Tile& tile, int first_row) {
+    Ahead ahead{{1.0f, 1.0f}};
+    if (args.epilogue.scale != nullptr) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row_of(first_row, h);
+        ahead.scale[h] = row < tile.rows ? args.epilogue.scale[args.slot_index[tile.first + row]] : 0.0f;
+      }
+    }
+    return ahead;
+  }
+
   template <class G>
   __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
-                               float (&accumulators)[G::kBlocksM][G::kN / 2], const Ring& ring,
+                               float (&accumulators)[G::kN / 2], const Ahead& ahead, const Ring& ring,
                                Position<G::kStages>& position) {
     const Params& params = args.epilogue;
     with_activation<kGated, kSwiGLU>(params.activation, [&](auto tag) {
       constexpr Activation kActivation = decltype(tag)::value;
       using T = typename G::T;
-      static_assert(G::kCooperative && G::kBlocksM == 1);
-      const int quad = threadIdx.x & 3, intermediate = params.intermediate;
+      static_assert(G::kCooperative);
+      const int quad = threadIdx.x & 3, intermediate = params.intermediate, blocks = input_blocks_of(args, tile);
       T *grad_pre[2], *scaled_act[2];  // of this thread's rows, at the tile's first column
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int64_t slot = tile.first + row_of(first_row, 0, h), column = tile.n * G::kN + quad * 8;
+        const int64_t slot = tile.first + row_of(first_row, h), column = tile.n * G::kN + quad * 8;
         grad_pre[h] = static_cast<T*>(params.grad_pre) + slot * intermediate * (kGated ? 2 : 1) + column;
         scaled_act[h] = static_cast<T*>(params.scaled_act) + slot * intermediate + column;
       }
-      float scale[2] = {1.0f, 1.0f}, dot[2] = {0.0f, 0.0f};
-      if (params.scale != nullptr) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-          const int row = row_of(first_row, 0, h);
-          scale[h] = row < tile.rows ? params.scale[args.slot_index[tile.first + row]] : 0.0f;
-        }
-      }
+      const float (&scale)[2] = ahead.scale;
+      float dot[2] = {0.0f, 0.0f};
 #pragma unroll
       for (int block = 0; block < G::kN / 64; ++block) {
-        if (tile.n * G::kN + block * 64 < intermediate) {
+        if (block < blocks) {
           ptx::barrier_wait(ring.full + position.stage * 8, position.phase);
           const uint32_t input = ring.stages + position.stage * G::kStageBytes + first_row * 128;
 #pragma unroll
           for (int step = 0; step < 4; ++step) {
             const int h = step >> 1, group = step & 1, b = block * 8 + group * 4;
-            const int row = row_of(first_row, 0, h), c = tile.n * G::kN + b * 8 + quad * 8;
-            const int local = row_of(0, 0, h);
+            const int row = row_of(first_row, h), c = tile.n * G::kN + b * 8 + quad * 8;
+            const int local = row_of(0, h);
             const uint32_t address = input + local * 128 + (((group * 4 + quad) ^ (local & 7)) << 4);
             uint32_t gates[4], ups[4] = {};
             ptx::load_shared_16(gates, address);
@@ -328,8 +337,8 @@ struct ActGradEpilogue {
             uint32_t low[4], high[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-              low[i] = bits_of(accumulators[0][4 * (b + i) + 2 * h]);
-              high[i] = bits_of(accumulators[0][4 * (b + i) + 2 * h + 1]);
+              low[i] = bits_of(accumulators[4 * (b + i) + 2 * h]);
+              high[i] = bits_of(accumulators[4 * (b + i) + 2 * h + 1]);
             }
             transpose_quad(low);
             transpose_quad(high);
@@ -356,7 +365,7 @@ struct ActGradEpilogue {
             }
           }
           __syncwarp();
-          if ((threadIdx.x & 31) == 0) ptx::barrier_arrive(ring.empty + position.stage * 8);
+          release<G>(ring, position.stage);
           position.advance();
         }
       }
@@ -366,8 +375,9 @@ struct ActGradEpilogue {
           float sum = dot[h];
           sum += __shfl_xor_sync(0xFFFFFFFF, sum, 1);
           sum += __shfl_xor_sync(0xFFFFFFFF, sum, 2);
-          const int row = row_of(first_row, 0, h);
-          if (quad == 0 && row < tile.rows) params.partial[tile.n * params.slots + tile.first + row] = sum;
+          const int row = row_of(first_row, h);
+          if (quad == 0 && row < tile.rows && tile.n < args.n_tiles)
+            params.partial[tile.n * params.slots + tile.first + row] = sum;
         }
       }
     });
@@ -383,25 +393,28 @@ struct WeightGradEpilogue {
     bool interleaved;  // rows alternate between the two halves
   };
 
+  using Ahead = Nothing;
+  template <class G>
+  __device__ static Ahead fetch(const Arguments<G>&, const Tile&, int) {
+    return {};
+  }
+
   template <class G>
   __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
-                               float (&accumulators)[G::kBlocksM][G::kN / 2], const Ring& ring,
+                               float (&accumulators)[G::kN / 2], const Ahead& ahead, const Ring& ring,
                                Position<G::kStages>& position) {
     using T = typename G::T;
     const Params& params = args.epilogue;
     const int column = tile.n * G::kN;
 #pragma unroll
-    for (int m = 0; m < G::kBlocksM; ++m) {
+    for (int h = 0; h < 2; ++h) {
+      const int row = tile.m * G::kM + row_of(first_row, h), half_rows = params.rows / 2;
+      const int out_row = !params.interleaved ? row : row < half_rows ? 2 * row : 2 * (row - half_rows) + 1;
+      T* const out = static_cast<T*>(params.grad) +
+                     (static_cast<int64_t>(tile.expert) * params.rows + out_row) * params.columns + column;
 #pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const int row = tile.m * G::kM + row_of(first_row, m, h), half_rows = params.rows / 2;
-        const int out_row = !params.interleaved ? row : row < half_rows ? 2 * row : 2 * (row - half_rows) + 1;
-        T* const out = static_cast<T*>(params.grad) +
-                       (static_cast<int64_t>(tile.expert) * params.rows + out_row) * params.columns + column;
-#pragma unroll
-        for (int b = 0; b < G::kN / 8; b += 4) {
-          store_group<T>(accumulators[m], b, h, out + b * 8, column + b * 8, params.columns, row < params.rows);
-        }
+      for (int b = 0; b < G::kN / 8; b += 4) {
+        store_group<T>(accumulators, b, h, out + b * 8, column + b * 8, params.columns, row < params.rows);
       }
     }
   }

@@ -18,8 +18,8 @@ __device__ __forceinline__ void fix_slots(const Arguments<G>& args, const Tile& 
   const int thread = threadIdx.x & 127;
   constexpr bool kFixA = G::kA == Load::columns;
   // A's blocks of this warpgroup are its own; B is shared, and both warpgroups write the same zeros.
-  const uint32_t base = kFixA ? a + (G::kCooperative ? group * G::kBlocksM * kBoxBytes : 0) : b;
-  constexpr int kBoxes = kFixA ? G::kBlocksM : G::kN / 64;
+  const uint32_t base = kFixA ? a + (G::kCooperative ? group * kBoxBytes : 0) : b;
+  constexpr int kBoxes = kFixA ? 1 : G::kN / 64;
   for (int i = thread; i < 64 * 8 * kBoxes; i += 128) {
     const int row = (i >> 3) & 63;
     const uint32_t address = base + i * 16;
@@ -40,17 +40,16 @@ __device__ __forceinline__ void fix_slots(const Arguments<G>& args, const Tile& 
   ptx::named_barrier_sync(kTransformBarrier + group, 128);
 }
 
-// The first kBlocks blocks of 64 rows; `hands_over`: the other warpgroup's main loop may start under this one's end.
-template <class G, int kBlocks>
-__device__ __forceinline__ void multiply(float (&accumulators)[G::kBlocksM][G::kN / 2], const Arguments<G>& args,
-                                         const Tile& tile, int k_blocks, const Ring& ring,
-                                         Position<G::kStages>& position, int group, bool hands_over) {
+// `hands_over`: the other warpgroup's main loop may start under this one's end.
+template <class G>
+__device__ __forceinline__ void multiply(float (&accumulators)[G::kN / 2], const Arguments<G>& args, const Tile& tile,
+                                         int k_blocks, const Ring& ring, Position<G::kStages>& position, int group,
+                                         bool hands_over) {
   constexpr int kTransposeA = is_mn_major(G::kA), kTransposeB = is_mn_major(G::kB);
   constexpr int kStepA = (kTransposeA ? 2048 : 32) >> 4, kStepB = (kTransposeB ? 2048 : 32) >> 4;
-  const uint32_t a_offset = G::kCooperative ? group * G::kBlocksM * kBoxBytes : 0;
+  const uint32_t a_offset = G::kCooperative ? group * kBoxBytes : 0;
   const uint64_t a_base = ptx::matrix_descriptor(ring.stages + a_offset, kTransposeA ? kBoxBytes : 16);
   const uint64_t b_base = ptx::matrix_descriptor(ring.stages + G::kABytes, kTransposeB ? kBoxBytes : 16);
-  const bool signals = (threadIdx.x & 31) == 0;
   int previous = 0;
   for (int k_block = 0; k_block < k_blocks; ++k_block) {
     const int stage = position.stage;
@@ -61,22 +60,17 @@ __device__ __forceinline__ void multiply(float (&accumulators)[G::kBlocksM][G::k
       fix_slots<G>(args, tile, k_block, a, a + G::kABytes, group);
     }
     const uint64_t a = a_base + stage * (G::kStageBytes >> 4), b = b_base + stage * (G::kStageBytes >> 4);
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) ptx::fence_registers(accumulators[m]);
+    ptx::fence_registers(accumulators);
     ptx::wgmma_fence();
 #pragma unroll
     for (int k = 0; k < kBlockK / 16; ++k) {
-#pragma unroll
-      for (int m = 0; m < kBlocks; ++m) {
-        ptx::wgmma<typename G::T, G::kN, kTransposeA, kTransposeB>(
-            accumulators[m], a + m * (kBoxBytes >> 4) + k * kStepA, b + k * kStepB, (k_block | k) != 0);
-      }
+      ptx::wgmma<typename G::T, G::kN, kTransposeA, kTransposeB>(accumulators, a + k * kStepA, b + k * kStepB,
+                                                                 (k_block | k) != 0);
     }
     ptx::wgmma_commit();
-#pragma unroll
-    for (int m = 0; m < kBlocks; ++m) ptx::fence_registers(accumulators[m]);
+    ptx::fence_registers(accumulators);
     ptx::wgmma_wait<1>();
-    if (k_block > 0 && signals) ptx::barrier_arrive(ring.empty + previous * 8);
+    if (k_block > 0) release<G>(ring, previous);
     previous = stage;
     position.advance();
   }
@@ -86,54 +80,42 @@ __device__ __forceinline__ void multiply(float (&accumulators)[G::kBlocksM][G::k
 template <class G>
 __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule& schedule, const Ring& ring,
                                         int group) {
+  static_assert(G::kCooperative || (!G::kWeightGrad && G::Epilogue::kInputHalves == 0));
   Position<G::kStages> position;
-  float accumulators[G::kBlocksM][G::kN / 2];
-  const bool signals = (threadIdx.x & 31) == 0;
+  float accumulators[G::kN / 2];
   int turn = 0;
-  for (int index = blockIdx.x; index < schedule.total(args.experts); index += gridDim.x, ++turn) {
+  for (int index = first_index<G>(); index < schedule.total(args.experts); index += index_step<G>(), ++turn) {
     if (!G::kCooperative && (turn & 1) != group) {
-      if constexpr (!G::kWeightGrad) {
-        position.skip(k_blocks_of(args, Tile{}));
-      } else {
-        position.skip(k_blocks_of(args, find_tile(args, schedule, index)));
-      }
+      position.skip(k_blocks_of(args, Tile{}));
       continue;
     }
     const Tile tile = find_tile(args, schedule, index);
     const int k_blocks = k_blocks_of(args, tile);
-    const int first_row = G::kCooperative ? group * 64 * G::kBlocksM : 0;  // of this warpgroup in the tile
+    const int first_row = G::kCooperative ? group * 64 : 0;  // of this warpgroup in the tile
     // A warpgroup may wait for a stage only when every earlier phase of it has passed: parity tells just two apart.
     if (!G::kCooperative && turn > 0) ptx::named_barrier_sync(kOrderBarrier + group, 256);
     if (G::kWeightGrad && k_blocks == 0) {
 #pragma unroll
-      for (int m = 0; m < G::kBlocksM; ++m) {
-#pragma unroll
-        for (int i = 0; i < G::kN / 2; ++i) accumulators[m][i] = 0;
-      }
+      for (int i = 0; i < G::kN / 2; ++i) accumulators[i] = 0;
     }
     const int rows_here = G::kWeightGrad ? G::kM : __shfl_sync(0xFFFFFFFF, tile.rows - first_row, 0);
     if (rows_here <= 0) {
       const int blocks = k_blocks + input_blocks_of(args, tile);
       for (int block = 0; block < blocks; ++block) {
         ptx::barrier_wait(ring.full + position.stage * 8, position.phase);
-        if (signals) ptx::barrier_arrive(ring.empty + position.stage * 8);
+        __syncwarp();
+        release<G>(ring, position.stage);
         position.advance();
       }
       continue;
     }
-    const bool hands_over = !G::kCooperative && index + gridDim.x < schedule.total(args.experts);
-    if (G::kBlocksM == 2 && rows_here <= 64) {
-      multiply<G, 1>(accumulators, args, tile, k_blocks, ring, position, group, hands_over);
-    } else {
-      multiply<G, G::kBlocksM>(accumulators, args, tile, k_blocks, ring, position, group, hands_over);
-    }
+    const bool hands_over = !G::kCooperative && index + index_step<G>() < schedule.total(args.experts);
+    const typename G::Epilogue::Ahead ahead = G::Epilogue::template fetch<G>(args, tile, first_row);
+    multiply<G>(accumulators, args, tile, k_blocks, ring, position, group, hands_over);
     ptx::wgmma_wait<0>();
-#pragma unroll
-    for (int m = 0; m < G::kBlocksM; ++m) ptx::fence_registers(accumulators[m]);
-    if (k_blocks > 0 && signals) {
-      ptx::barrier_arrive(ring.empty + (position.stage == 0 ? G::kStages - 1 : position.stage - 1) * 8);
-    }
-    G::Epilogue::template store<G>(args, tile, first_row, accumulators, ring, position);
+    ptx::fence_registers(accumulators);
+    if (k_blocks > 0) release<G>(ring, position.stage == 0 ? G::kStages - 1 : position.stage - 1);
+    G::Epilogue::template store<G>(args, tile, first_row, accumulators, ahead, ring, position);
   }
 }
 
@@ -153,16 +135,17 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
     for (int i = 0; i < G::kStages; ++i) {
       ptx::barrier_init(ring.full + i * 8, G::kPublishes ? 2 : G::kGathers ? 1 + G::kGatherThreads : 1);
       ptx::barrier_init(ring.landed + i * 8, G::kGatherThreads);
-      ptx::barrier_init(ring.empty + i * 8, G::kCooperative ? 8 : 4);
+      ptx::barrier_init(ring.empty + i * 8, (G::kCooperative ? 8 : 4) * G::kCluster);
     }
     ptx::barrier_init_fence();
     if (!is_gathered(G::kA)) ptx::tma_prefetch_descriptor(&args.a_map);
     if (!is_gathered(G::kB)) ptx::tma_prefetch_descriptor(&args.b_map);
   }
   ptx::wait_for_previous_kernel();
-  const Schedule schedule = Schedule::build<G::kRowTile, kThreads>(
-      reinterpret_cast<int*>(barriers + 3 * G::kStages), args.expert_offsets, args.experts, args.m_tiles, args.n_tiles);
+  const Schedule schedule = Schedule::build<G, kThreads>(reinterpret_cast<int*>(barriers + 3 * G::kStages),
+                                                         args.expert_offsets, args.experts, args.m_tiles, args.n_tiles);
   ptx::launch_next_kernel();
+  if constexpr (G::kCluster > 1) ptx::cluster_sync();  // every block's barriers are there
   const int group = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x >> 7), 0);
   if (group < 2) {
     ptx::increase_registers<G::kConsumerRegisters>();
@@ -180,6 +163,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
       if (warp == 3) publish_tiles<G>(args, schedule, ring);
     }
   }
+  if constexpr (G::kCluster > 1) ptx::cluster_sync();  // nobody sends to a block that has ended
 #endif
 }
 

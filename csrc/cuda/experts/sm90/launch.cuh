@@ -1,7 +1,10 @@
 // Host side of the Hopper kernels: tensor maps, and the launch of one instantiation.
 #pragma once
 #include <algorithm>
+#include <array>
+#include <atomic>
 
+#include "../../device.cuh"
 #include "../experts.h"
 #include "config.h"
 #include "epilogue.cuh"
@@ -35,8 +38,6 @@ inline MatrixView slots_view(const ExpertShape& shape, const void* rows, int64_t
   return {rows, shape.dtype, columns, shape.slots(), halves, 1, halves * columns, columns, columns};
 }
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Fills what every product needs; the caller adds operands, sizes and the epilogue.
 template <class G>
 Arguments<G> arguments(const ExpertShape& shape, const Plan& plan) {
@@ -55,36 +56,59 @@ Arguments<G> arguments(const ExpertShape& shape, const Plan& plan) {
   return args;
 }
 
+#define FASTMOE_RETURN_IF_ERROR(expression) \
+  if (const cudaError_t error_ = (expression); error_ != cudaSuccess) return error_
+
+// How many clusters of this kernel a device holds at once; the first call also raises the kernel's shared memory there.
+template <class G>
+cudaError_t resident_clusters(int* clusters) {
+  static std::array<std::atomic<int>, 64> known;
+  int device;
+  FASTMOE_RETURN_IF_ERROR(cudaGetDevice(&device));
+  if (device < static_cast<int>(known.size()) && (*clusters = known[device]) > 0) return cudaSuccess;
+  FASTMOE_RETURN_IF_ERROR(
+      cudaFuncSetAttribute(grouped_gemm<G>, cudaFuncAttributeMaxDynamicSharedMemorySize, G::shared_bytes(1024)));
+  int multiprocessors;
+  FASTMOE_RETURN_IF_ERROR(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
+  *clusters = multiprocessors;
+  if constexpr (G::kCluster > 1) {
+    cudaLaunchAttribute attribute{};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {G::kCluster, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(multiprocessors / G::kCluster * G::kCluster);
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = G::shared_bytes(1024);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    FASTMOE_RETURN_IF_ERROR(cudaOccupancyMaxActiveClusters(clusters, grouped_gemm<G>, &config));
+    if (*clusters < 1) return cudaErrorLaunchOutOfResources;
+  }
+  if (device < static_cast<int>(known.size())) known[device] = *clusters;
+  return cudaSuccess;
+}
+
 template <class G>
 cudaError_t launch(const Arguments<G>& args, int64_t slots, cudaStream_t stream) {
-  int device, multiprocessors;
-  if (cudaError_t e = cudaGetDevice(&device); e != cudaSuccess) return e;
-  if (cudaError_t e = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-      e != cudaSuccess)
-    return e;
-  const int shared = G::shared_bytes(args.experts);
-  if (cudaError_t e = cudaFuncSetAttribute(grouped_gemm<G>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-      e != cudaSuccess) {
-    return e;
-  }
+  int clusters;
+  FASTMOE_RETURN_IF_ERROR(resident_clusters<G>(&clusters));
   const int64_t row_tiles = G::kWeightGrad ? static_cast<int64_t>(args.experts) * args.m_tiles
                                            : ceil_div(slots, G::kM) + std::min<int64_t>(args.experts, slots);
   if (row_tiles * args.n_tiles >= int64_t{1} << 31) return cudaErrorInvalidConfiguration;
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attributes[2]{};
+  attributes[0].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attributes[0].val.programmaticStreamSerializationAllowed = 1;
+  attributes[1].id = cudaLaunchAttributeClusterDimension;
+  attributes[1].val.clusterDim = {G::kCluster, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(multiprocessors, row_tiles * args.n_tiles)));
+  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(clusters, row_tiles * args.n_tiles)) * G::kCluster);
   config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = shared;
+  config.dynamicSmemBytes = G::shared_bytes(args.experts);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
+  config.attrs = attributes;
+  config.numAttrs = G::kCluster > 1 ? 2 : 1;
   return cudaLaunchKernelEx(&config, grouped_gemm<G>, args);
 }
-
-#define FASTMOE_RETURN_IF_ERROR(expression) \
-  if (const cudaError_t error_ = (expression); error_ != cudaSuccess) return error_
 
 // One instantiation file for each (dtype, product) defines these.
 template <typename T>

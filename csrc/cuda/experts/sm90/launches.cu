@@ -28,10 +28,20 @@ cudaError_t encode(CUtensorMap* map, const MatrixView& view, int box_rows) {
                                  static_cast<cuuint64_t>(view.half_stride * 2),
                                  static_cast<cuuint64_t>(view.expert_stride * 2)};
   const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1}, steps[4] = {1, 1, 1, 1};
-  const CUresult result =
-      function(map, view.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4,
-               const_cast<void*>(view.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-               CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto run = [&] {
+    return function(map, view.dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                    4, const_cast<void*>(view.data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult result = run();
+  if (result != CUDA_SUCCESS) {
+    // This thread may not have called the runtime yet, which gives it its context: a backward thread whose memory was
+    // all in the allocator's cache.
+    int device;
+    FASTMOE_RETURN_IF_ERROR(cudaGetDevice(&device));
+    FASTMOE_RETURN_IF_ERROR(cudaSetDevice(device));
+    result = run();
+  }
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 

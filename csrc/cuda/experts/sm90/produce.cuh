@@ -18,6 +18,16 @@ __device__ __forceinline__ void load_by_tma(const Arguments<G>& args, const Tile
   constexpr int kABox = is_gathered(G::kA) ? 0 : kBoxBytes;
   constexpr int kBBytes = is_gathered(G::kB) ? 0 : G::kBBytes;
   ptx::barrier_arrive_expect(full, kABox * (second_block ? 2 : 1) + kBBytes);
+  // Of what the cluster shares, box i is loaded by block i % 2, for both; what is not shared everyone loads alone.
+  const int rank = G::kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
+  const auto load = [&](bool shares, int i, uint32_t to, const CUtensorMap* map, int column, int row, int part,
+                        int expert) {
+    if (G::kCluster == 1 || !shares || !tile.shared) {
+      ptx::tma_load(to, map, full, column, row, part, expert);
+    } else if ((i & 1) == rank) {
+      ptx::tma_load_to_all(to, map, full, column, row, part, expert, (1 << G::kCluster) - 1);
+    }
+  };
   if constexpr (G::kA == Load::rows) {
     ptx::tma_load(a, &args.a_map, full, k, tile.first, half, 0);
     if (second_block) ptx::tma_load(a + kBoxBytes, &args.a_map, full, k, tile.first + 64, half, 0);
@@ -25,22 +35,23 @@ __device__ __forceinline__ void load_by_tma(const Arguments<G>& args, const Tile
     static_assert(G::kWeightGrad);
 #pragma unroll
     for (int i = 0; i < G::kM / 64; ++i) {
-      ptx::tma_load(a + i * kBoxBytes, &args.a_map, full, tile.m * G::kM + i * 64, tile.first + k, 0, 0);
+      load(G::kSharesA, i, a + i * kBoxBytes, &args.a_map, tile.m * G::kM + i * 64, tile.first + k, 0, 0);
     }
   }
   if constexpr (G::kB == Load::rows) {
-    constexpr int kBoxRows = G::kN / G::kHalves;
+    constexpr int kRows = G::kBBoxRows, kBoxesAHalf = G::kN / G::kHalves / kRows;
 #pragma unroll
-    for (int i = 0; i < G::kHalves; ++i) {
-      ptx::tma_load(b + i * kBoxRows * 128, &args.b_map, full, k, tile.n * kBoxRows, i, tile.expert);
+    for (int i = 0; i < G::kN / kRows; ++i) {
+      load(G::kSharesB, i, b + i * kRows * 128, &args.b_map, k, (tile.n * kBoxesAHalf + i % kBoxesAHalf) * kRows,
+           i / kBoxesAHalf, tile.expert);
     }
   } else if constexpr (G::kB == Load::columns) {
 #pragma unroll
     for (int i = 0; i < G::kN / 64; ++i) {
       if constexpr (G::kWeightGrad) {
-        ptx::tma_load(b + i * kBoxBytes, &args.b_map, full, tile.n * G::kN + i * 64, tile.first + k, 0, 0);
+        load(G::kSharesB, i, b + i * kBoxBytes, &args.b_map, tile.n * G::kN + i * 64, tile.first + k, 0, 0);
       } else {
-        ptx::tma_load(b + i * kBoxBytes, &args.b_map, full, tile.n * G::kN + i * 64, k, half, tile.expert);
+        load(G::kSharesB, i, b + i * kBoxBytes, &args.b_map, tile.n * G::kN + i * 64, k, half, tile.expert);
       }
     }
   }
@@ -171,7 +182,7 @@ struct ColumnGather {
 template <class G>
 __device__ __forceinline__ void load_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   Position<G::kStages> position;
-  for (int index = blockIdx.x; index < schedule.total(args.experts); index += gridDim.x) {
+  for (int index = first_index<G>(); index < schedule.total(args.experts); index += index_step<G>()) {
     const Tile tile = find_tile(args, schedule, index);
     const int k_blocks = k_blocks_of(args, tile), blocks = k_blocks + input_blocks_of(args, tile);
     if ((threadIdx.x & 31) == 0) {
@@ -195,12 +206,12 @@ template <class G>
 __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   std::conditional_t<is_mn_major(G::kA), ColumnGather<G>, RowGather<G>> gather;
   Position<G::kStages> position;
-  int index = blockIdx.x;
+  int index = first_index<G>();
   if (index >= schedule.total(args.experts)) return;
   Tile tile = find_tile(args, schedule, index);
   gather.fetch(args, tile);
   while (true) {
-    const int k_blocks = k_blocks_of(args, tile), next_index = index + gridDim.x;
+    const int k_blocks = k_blocks_of(args, tile), next_index = index + index_step<G>();
     const bool more = next_index < schedule.total(args.experts);
     gather.begin(args);
     const Tile next = more ? find_tile(args, schedule, next_index) : tile;
@@ -237,7 +248,7 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
 template <class G>
 __device__ __forceinline__ void publish_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   Position<G::kStages> position;
-  for (int index = blockIdx.x; index < schedule.total(args.experts); index += gridDim.x) {
+  for (int index = first_index<G>(); index < schedule.total(args.experts); index += index_step<G>()) {
     const Tile tile = find_tile(args, schedule, index);
     const int blocks = k_blocks_of(args, tile) + input_blocks_of(args, tile);
     if ((threadIdx.x & 31) == 0) {

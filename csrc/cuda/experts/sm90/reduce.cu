@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "epilogue.cuh"
+#include "launch.cuh"
 
 namespace fastmoe_cpp::cuda::sm90 {
 namespace {
@@ -57,14 +58,15 @@ __global__ void add_bias_dot(const T* grad_output, const T* bias, const int32_t*
   if (lane == 0) grad_weight[slot] += sum;
 }
 
-// Block: an expert and 256 columns; 32 threads across (8 columns each) by 8 down.
+// Blocks: of each expert, 256 columns each; 32 threads across (8 columns each) by 8 down.
 template <typename T>
 __global__ void __launch_bounds__(256)
     sum_rows(const T* left, const int32_t* slot_index, const int32_t* expert_offsets, const float* scale, bool gathered,
              int top_k, int64_t columns, bool interleaved, T* grad_bias) {
   __shared__ float sums[8][256];
-  const int lane = threadIdx.x & 31, part = threadIdx.x >> 5, expert = blockIdx.y;
-  const int64_t column = blockIdx.x * 256 + lane * 8;
+  const int column_blocks = static_cast<int>((columns + 255) / 256);
+  const int lane = threadIdx.x & 31, part = threadIdx.x >> 5, expert = blockIdx.x / column_blocks;
+  const int64_t first_column = blockIdx.x % column_blocks * 256, column = first_column + lane * 8;
   float sum[8] = {};
   if (column < columns) {
     for (int slot = expert_offsets[expert] + part; slot < expert_offsets[expert + 1]; slot += 8) {
@@ -79,7 +81,7 @@ __global__ void __launch_bounds__(256)
   float total = 0;
 #pragma unroll
   for (int i = 0; i < 8; ++i) total += sums[i][threadIdx.x];
-  const int64_t c = blockIdx.x * 256 + threadIdx.x, half = columns / 2;
+  const int64_t c = first_column + threadIdx.x, half = columns / 2;
   const int64_t out = !interleaved ? c : c < half ? 2 * c : 2 * (c - half) + 1;
   if (c < columns) grad_bias[expert * columns + out] = static_cast<T>(total);
 }
@@ -88,25 +90,23 @@ __global__ void __launch_bounds__(256)
 
 template <typename T>
 cudaError_t launch_weight_dot(const ActGradParams& p, const float* partial, int n_tiles, cudaStream_t stream) {
-  const int64_t slots = p.shape.slots();
-  sum_partials<<<static_cast<unsigned>((slots + 255) / 256), 256, 0, stream>>>(
-      partial, n_tiles, slots, p.plan.expert_offsets, p.shape.experts, p.grad_weight);
-  if (p.down_bias != nullptr) {
-    add_bias_dot<T><<<static_cast<unsigned>((slots + 7) / 8), 256, 0, stream>>>(
-        static_cast<const T*>(p.grad_output), static_cast<const T*>(p.down_bias), p.plan.slot_index,
-        p.plan.expert_offsets, p.shape.experts, p.shape.top_k, p.shape.hidden, slots, p.grad_weight);
-  }
-  return cudaGetLastError();
+  const ExpertShape& shape = p.shape;
+  const Plan& plan = p.plan;
+  FASTMOE_RETURN_IF_ERROR(cuda::launch(sum_partials, ceil_div(shape.slots(), 256), dim3(256), 0, stream, partial,
+                                       n_tiles, shape.slots(), plan.expert_offsets, shape.experts, p.grad_weight));
+  if (p.down_bias == nullptr) return cudaSuccess;
+  return cuda::launch(add_bias_dot<T>, ceil_div(shape.slots(), 8), dim3(256), 0, stream,
+                      static_cast<const T*>(p.grad_output), static_cast<const T*>(p.down_bias), plan.slot_index,
+                      plan.expert_offsets, shape.experts, shape.top_k, shape.hidden, shape.slots(), p.grad_weight);
 }
 
 template <typename T>
 cudaError_t launch_bias_grad(const ExpertShape& shape, const Plan& plan, const void* left, int64_t columns,
                              bool gathered, const float* scale, bool interleaved, void* grad_bias,
                              cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>((columns + 255) / 256), shape.experts);
-  sum_rows<T><<<grid, 256, 0, stream>>>(static_cast<const T*>(left), plan.slot_index, plan.expert_offsets, scale,
-                                        gathered, shape.top_k, columns, interleaved, static_cast<T*>(grad_bias));
-  return cudaGetLastError();
+  return cuda::launch(sum_rows<T>, ceil_div(columns, 256) * shape.experts, dim3(256), 0, stream,
+                      static_cast<const T*>(left), plan.slot_index, plan.expert_offsets, scale, gathered, shape.top_k,
+                      columns, interleaved, static_cast<T*>(grad_bias));
 }
 
 #define FASTMOE_INSTANTIATE(T)                                                                                        \

@@ -7,9 +7,11 @@ namespace fastmoe_cpp::cuda::sm90 {
 
 struct Tile {
   int expert;
-  int first;  // its first slot
-  int rows;   // slots of the tile (weight gradients: all slots of the expert, the contraction)
-  int m, n;   // position in units of tiles
+  int first;    // its first slot
+  int rows;     // slots of the tile (weight gradients: all slots of the expert, the contraction)
+  int m, n;     // position in units of tiles; may lie outside the matrix for the second block of a cluster
+  int first_n;  // n of the cluster's first block
+  bool shared;  // the blocks of the cluster share an operand
 };
 
 // Tiles of an expert run down M first within groups of kGroupRows rows, so that blocks that run together share
@@ -17,17 +19,26 @@ struct Tile {
 inline constexpr int kGroupRows = 2048;
 
 struct Schedule {
-  const int* offsets;  // [E + 1] in shared memory, and behind it the number of tiles before each expert, [E + 1]
+  uint32_t offsets;  // shared memory: expert_offsets [E + 1], and behind it the number of indices before each expert
 
-  __device__ int total(int experts) const { return offsets[2 * experts + 1]; }
+  __device__ int total(int experts) const { return ptx::load_shared(offsets + 4 * (2 * experts + 1)); }
 
   static __host__ __device__ constexpr int shared_bytes(int experts) { return (2 * (experts + 1) + 16) * 4; }
 
-  // Called by every thread of the block; ends with a block barrier. kRowTile 0: weight gradients, with m_tiles x
+  // How many indices m_tiles x n_tiles tiles take. A cluster takes pairs along one direction, and pairs along the other
+  // of the row or column that is left over.
+  template <class G>
+  __device__ static int indices(int m_tiles, int n_tiles) {
+    if constexpr (G::kCluster == 1) return m_tiles * n_tiles;
+    const int paired = G::kSharesA ? n_tiles : m_tiles, other = G::kSharesA ? m_tiles : n_tiles;
+    return paired / 2 * other + (paired & 1) * ((other + 1) / 2);
+  }
+
+  // Called by every thread of the block; ends with a block barrier. G::kRowTile 0: weight gradients, with m_tiles x
   // n_tiles tiles an expert; otherwise tiles of kRowTile slots by n_tiles.
-  template <int kRowTile, int kThreads>
+  template <class G, int kThreads>
   __device__ static Schedule build(int* shared, const int32_t* expert_offsets, int experts, int m_tiles, int n_tiles) {
-    constexpr int kPerThread = (1024 + kThreads - 1) / kThreads;
+    constexpr int kPerThread = (1024 + kThreads - 1) / kThreads, kRowTile = G::kRowTile;
     int *const offsets = shared, *const before = shared + experts + 1, *const warp_sums = before + experts + 1;
     const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5;
     int count[kPerThread], sum = 0;
@@ -39,8 +50,9 @@ struct Schedule {
         const int begin = expert_offsets[expert], end = expert_offsets[expert + 1];
         offsets[expert] = begin;
         if (expert == experts - 1) offsets[experts] = end;
-        count[i] =
-            kRowTile == 0 ? m_tiles * n_tiles : (end - begin + kRowTile - 1) / (kRowTile == 0 ? 1 : kRowTile) * n_tiles;
+        const int m_tiles_here =
+            kRowTile == 0 ? m_tiles : (end - begin + kRowTile - 1) / (kRowTile == 0 ? 1 : kRowTile);
+        count[i] = indices<G>(m_tiles_here, n_tiles);
       }
       sum += count[i];
     }
@@ -62,41 +74,56 @@ struct Schedule {
       if (expert == experts - 1) before[experts] = running;
     }
     __syncthreads();
-    return {offsets};
+    return {ptx::shared_address(offsets)};
   }
 
   // Called by whole warps; 0 <= index < total().
-  template <int kRowTile>
+  template <class G>
   __device__ Tile find(int index, int experts, int m_tiles, int n_tiles) const {
-    const int* const tiles_before = offsets + experts + 1;
+    constexpr int kRowTile = G::kRowTile;
+    const auto first_slot = [&](int expert) { return ptx::load_shared(offsets + 4 * expert); };
+    const auto before = [&](int expert) { return ptx::load_shared(offsets + 4 * (experts + 1 + expert)); };
     const int lane = threadIdx.x & 31;
     Tile tile;
     int m_tiles_here = m_tiles, local;
     if constexpr (kRowTile == 0) {
-      tile.expert = index / (m_tiles * n_tiles);
-      local = index - tile.expert * m_tiles * n_tiles;
-      tile.first = offsets[tile.expert];
-      tile.rows = offsets[tile.expert + 1] - tile.first;
+      const int each = indices<G>(m_tiles, n_tiles);
+      tile.expert = index / each;
+      local = index - tile.expert * each;
+      tile.first = first_slot(tile.expert);
+      tile.rows = first_slot(tile.expert + 1) - tile.first;
     } else {
       // The last expert whose first tile is not past `index`, in two steps of 32.
       const int chunk = (experts + 31) / 32;
       int probe = lane * chunk;
-      const int upper =
-          __popc(__ballot_sync(0xFFFFFFFF, probe < experts && tiles_before[min(probe, experts)] <= index)) - 1;
+      const int upper = __popc(__ballot_sync(0xFFFFFFFF, probe < experts && before(min(probe, experts)) <= index)) - 1;
       probe = upper * chunk + lane;
-      const bool before = lane < chunk && probe < experts && tiles_before[min(probe, experts)] <= index;
-      tile.expert = upper * chunk + __popc(__ballot_sync(0xFFFFFFFF, before)) - 1;
-      local = index - tiles_before[tile.expert];
-      tile.first = offsets[tile.expert];
-      tile.rows = offsets[tile.expert + 1] - tile.first;
+      const bool begun = lane < chunk && probe < experts && before(min(probe, experts)) <= index;
+      tile.expert = upper * chunk + __popc(__ballot_sync(0xFFFFFFFF, begun)) - 1;
+      local = index - before(tile.expert);
+      tile.first = first_slot(tile.expert);
+      tile.rows = first_slot(tile.expert + 1) - tile.first;
       m_tiles_here = (tile.rows + kRowTile - 1) / kRowTile;
     }
-    constexpr int kGroup = kGroupRows / (kRowTile == 0 ? 128 : kRowTile);
-    const int group = local / (kGroup * n_tiles);
-    local -= group * kGroup * n_tiles;
-    const int tall = min(kGroup, m_tiles_here - group * kGroup);
-    tile.n = local / tall;
-    tile.m = group * kGroup + local - tile.n * tall;
+    // Positions in units of what a cluster takes.
+    constexpr int kTall = G::kSharesB ? 2 : 1, kBroad = G::kSharesA ? 2 : 1;
+    constexpr int kGroup = kGroupRows / (kRowTile == 0 ? 128 : kRowTile) / kTall;
+    const int rows = m_tiles_here / kTall, columns = n_tiles / kBroad;
+    const int rank = G::kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
+    tile.shared = G::kCluster > 1 && local < rows * columns;
+    if (G::kCluster > 1 && !tile.shared) {
+      const int pair = 2 * (local - rows * columns);
+      tile.m = G::kSharesB ? m_tiles_here - 1 : pair + rank;
+      tile.first_n = G::kSharesB ? pair : n_tiles - 1;
+      tile.n = G::kSharesB ? pair + rank : n_tiles - 1;
+    } else {
+      const int group = local / (kGroup * columns);
+      local -= group * kGroup * columns;
+      const int tall = min(kGroup, rows - group * kGroup), column = local / tall;
+      tile.m = (group * kGroup + local - column * tall) * kTall + (G::kSharesB ? rank : 0);
+      tile.first_n = column * kBroad;
+      tile.n = tile.first_n + (G::kSharesA ? rank : 0);
+    }
     if constexpr (kRowTile != 0) {
       tile.first += tile.m * kRowTile;
       tile.rows = min(kRowTile, tile.rows - tile.m * kRowTile);

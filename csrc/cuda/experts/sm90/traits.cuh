@@ -25,16 +25,22 @@ inline constexpr int kTransformBarrier = 3;
 
 // kWeightGrad: the contraction runs over an expert's slots and the output is [E, m_size, n_size]; otherwise the tile's
 // rows are slots. kHalves: halves of B's rows in a tile (a gate part, then an up part of the same columns).
-template <typename T_, Load kA_, Load kB_, bool kCooperative_, int kBlocksM_, int kN_, int kHalves_, bool kWeightGrad_,
+// kCluster 2: two blocks take tiles that share an operand, each loads half of it and sends it to both (multicast). What
+// comes by TMA is shared: B, by two tiles above each other, or A, by two side by side, where B is gathered.
+template <typename T_, Load kA_, Load kB_, bool kCooperative_, int kN_, int kHalves_, bool kWeightGrad_, int kCluster_,
           class Epilogue_>
 struct Gemm {
   using T = T_;
   using Epilogue = Epilogue_;
   static constexpr Load kA = kA_, kB = kB_;
   static constexpr bool kCooperative = kCooperative_, kWeightGrad = kWeightGrad_;
-  static constexpr int kBlocksM = kBlocksM_;  // blocks of 64 rows a consumer warpgroup
-  static constexpr int kM = 64 * kBlocksM * (kCooperative ? 2 : 1), kN = kN_, kHalves = kHalves_;
+  static constexpr int kM = kCooperative ? 128 : 64, kN = kN_, kHalves = kHalves_;
   static constexpr int kRowTile = kWeightGrad ? 0 : kM;
+  static constexpr int kCluster = kCluster_;
+  static constexpr bool kSharesA = kCluster > 1 && is_gathered(kB), kSharesB = kCluster > 1 && !kSharesA;
+  static constexpr int kBBoxRows = kN / (kHalves > kCluster ? kHalves : kCluster);  // of B that comes as Load::rows
+  static_assert(kCluster == 1 || kCluster == 2);
+  static_assert(!kSharesA || (kA == Load::columns && kM == 128));
   static constexpr int kABytes = kM * 128, kBBytes = kN * 128, kStageBytes = kABytes + kBBytes;
   static constexpr int kStages = 204800 / kStageBytes > 12 ? 12 : 204800 / kStageBytes;
   static constexpr bool kGathers = is_gathered(kA) || is_gathered(kB);
@@ -44,7 +50,7 @@ struct Gemm {
   static_assert(!kGathers || kPublishes || Epilogue::kInputHalves == 0);
   static constexpr int kGatherThreads = kPublishes ? 64 : 128, kRowsACopy = kGatherThreads / 8;
   // 504 for a thread of each warpgroup.
-  static constexpr int kProducerRegisters = !kGathers ? 40 : Epilogue::kInputHalves > 0 ? 104 : 88;
+  static constexpr int kProducerRegisters = !kGathers ? 40 : kWeightGrad ? 56 : 88;
   static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
   static constexpr int shared_bytes(int experts) {
     return 1024 + kStages * kStageBytes + 3 * kStages * 8 + Schedule::shared_bytes(experts);
@@ -73,10 +79,22 @@ struct Arguments {
 };
 
 // Shared-memory addresses: the stages, and a barrier of each kind for every stage. `landed` counts gathering threads
-// whose copies have been written.
+// whose copies have been written; `empty` counts consumer warps of every block of the cluster, since each may be sent
+// the next stage by any.
 struct Ring {
   uint32_t stages, full, empty, landed;
 };
+
+// A consumer warp has read the stage for the last time.
+template <class G>
+__device__ __forceinline__ void release(const Ring& ring, int stage) {
+  const uint32_t lane = threadIdx.x & 31, barrier = ring.empty + stage * 8;
+  if constexpr (G::kCluster == 1) {
+    if (lane == 0) ptx::barrier_arrive(barrier);
+  } else {
+    if (lane < G::kCluster) ptx::barrier_arrive_in(barrier, lane);
+  }
+}
 
 template <int kStages>
 struct Position {
@@ -100,14 +118,27 @@ __device__ __forceinline__ int k_blocks_of(const Arguments<G>& args, const Tile&
 
 template <class G>
 __device__ __forceinline__ Tile find_tile(const Arguments<G>& args, const Schedule& schedule, int index) {
-  return schedule.find<G::kRowTile>(index, args.experts, args.m_tiles, args.n_tiles);
+  // Opaque, or the compiler keeps what it derives from the sizes in registers through the loop over the contraction.
+  int m_tiles = args.m_tiles, n_tiles = args.n_tiles, experts = args.experts;
+  asm volatile("" : "+r"(m_tiles), "+r"(n_tiles), "+r"(experts));
+  return schedule.find<G>(index, experts, m_tiles, n_tiles);
 }
 
-// Stages of 64 columns that follow the tile's own with the epilogue's input.
+// Every blocks-of-the-cluster'th index is this cluster's.
+template <class G>
+__device__ __forceinline__ int first_index() {
+  return blockIdx.x / G::kCluster;
+}
+template <class G>
+__device__ __forceinline__ int index_step() {
+  return gridDim.x / G::kCluster;
+}
+
+// Stages of 64 columns that follow the tile's own with the epilogue's input: the same number in all blocks of a cluster.
 template <class G>
 __device__ __forceinline__ int input_blocks_of(const Arguments<G>& args, const Tile& tile) {
   if constexpr (G::Epilogue::kInputHalves == 0) return 0;
-  return min(G::kN / 64, (args.n_size - tile.n * G::kN + 63) / 64);
+  return min(G::kN / 64, (args.n_size - tile.first_n * G::kN + 63) / 64);
 }
 
 }  // namespace fastmoe_cpp::cuda::sm90

@@ -8,7 +8,7 @@ template <class G>
 cudaError_t run_up(const UpParams& p, cudaStream_t stream) {
   const ExpertShape& shape = p.shape;
   Arguments<G> args = arguments<G>(shape, p.plan);
-  FASTMOE_RETURN_IF_ERROR(encode(&args.b_map, gate_up_view(shape, p.gate_up), G::kN / G::kHalves));
+  FASTMOE_RETURN_IF_ERROR(encode(&args.b_map, gate_up_view(shape, p.gate_up), G::kBBoxRows));
   args.gathered = p.x;
   args.gathered_columns = shape.hidden;
   args.k_size = static_cast<int>(shape.hidden);
@@ -30,11 +30,10 @@ template <typename T, bool kGated, bool kSwiGLU>
 cudaError_t tile_up(const UpParams& p, cudaStream_t stream) {
   constexpr int kHalves = kGated ? 2 : 1;
   using Epilogue = UpEpilogue<kGated, kSwiGLU>;
-  switch (configure(Product::up, p.shape).tiling) {
-    case Tiling::narrow:
-      return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 1, 64, kHalves, false, Epilogue>>(p, stream);
-    default: return run_up<Gemm<T, Load::gathered_rows, Load::rows, true, 1, 256, kHalves, false, Epilogue>>(p, stream);
+  if (configure(Product::up, p.shape).tiling == Tiling::narrow) {
+    return run_up<Gemm<T, Load::gathered_rows, Load::rows, false, 64, kHalves, false, 1, Epilogue>>(p, stream);
   }
+  return run_up<Gemm<T, Load::gathered_rows, Load::rows, true, 256, kHalves, false, 2, Epilogue>>(p, stream);
 }
 
 template <typename T>

@@ -17,7 +17,7 @@ cudaError_t run_weight_grad(const WeightGradParams& p, Arguments<G>& args, int64
 
 template <typename T>
 cudaError_t launch_gate_up_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
-  using G = Gemm<T, Load::columns, Load::gathered_columns, true, 1, 256, 1, true, WeightGradEpilogue>;
+  using G = Gemm<T, Load::columns, Load::gathered_columns, true, 256, 1, true, 2, WeightGradEpilogue>;
   const ExpertShape& shape = p.shape;
   Arguments<G> args = arguments<G>(shape, p.plan);
   FASTMOE_RETURN_IF_ERROR(encode(&args.a_map, slots_view(shape, p.left, shape.up_rows(), 1), 64));
@@ -30,7 +30,7 @@ cudaError_t launch_gate_up_weight_grad(const WeightGradParams& p, cudaStream_t s
 
 template <typename T>
 cudaError_t launch_down_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
-  using G = Gemm<T, Load::gathered_columns, Load::columns, true, 1, 256, 1, true, WeightGradEpilogue>;
+  using G = Gemm<T, Load::gathered_columns, Load::columns, true, 256, 1, true, 2, WeightGradEpilogue>;
   const ExpertShape& shape = p.shape;
   Arguments<G> args = arguments<G>(shape, p.plan);
   FASTMOE_RETURN_IF_ERROR(encode(&args.b_map, slots_view(shape, p.right, shape.intermediate, 1), 64));
