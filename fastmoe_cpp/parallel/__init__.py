@@ -2,7 +2,7 @@
 
 from .checkpoint import export_safetensors, load_checkpoint, save_checkpoint
 from .exchange import ExchangeError, all_to_all_rows, exchange_counts
-from .gradients import average_gradients, clip_grad_norm_, grad_norm
+from .gradients import average_gradients, clip_grad_norm_, grad_norm, parameter_groups
 from .style import ExpertParallel
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "export_safetensors",
     "grad_norm",
     "load_checkpoint",
+    "parameter_groups",
     "save_checkpoint",
 ]

@@ -55,6 +55,21 @@ def _listed(parameters: Iterable[Tensor] | Tensor | nn.Module) -> list[tuple[str
     return [(name, p) for name, p in named if p.requires_grad]
 
 
+def parameter_groups(model: nn.Module) -> list[dict[str, list[Tensor]]]:
+    """The parameters that want a gradient, as an optimizer's groups: those of each device mesh in a group of their own.
+
+    An optimizer that updates many tensors at once (foreach, its default on GPUs, or fused) refuses to mix plain tensors
+    with DTensors, or DTensors of several meshes: ``AdamW(parameter_groups(model), lr=...)``. Without DTensors it is one
+    group.
+    """
+    groups: dict[DeviceMesh | None, list[Tensor]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            groups.setdefault(mesh, []).append(parameter)
+    return [{"params": parameters} for parameters in groups.values()]
+
+
 @torch.no_grad()
 def grad_norm(parameters: Iterable[Tensor] | Tensor | nn.Module, norm_type: float = 2.0) -> Tensor:
     """The norm of all gradients as one vector, the same scalar on every rank.

@@ -22,6 +22,7 @@ from fastmoe_cpp.parallel import (
     clip_grad_norm_,
     export_safetensors,
     load_checkpoint,
+    parameter_groups,
     save_checkpoint,
 )
 
@@ -78,7 +79,7 @@ def train(model, optimizer, first, last, rank=0, ranks=1, mesh=None):
 
 def made():
     model = Model()
-    return model, torch.optim.AdamW(model.parameters(), lr=1e-2)
+    return model, torch.optim.AdamW(parameter_groups(model), lr=1e-2, foreach=True)
 
 
 def state_of(model, optimizer):
@@ -100,7 +101,7 @@ def over_two_ranks(rank, folder):
     model = Model().to(device())
     mesh = ep_mesh(2)
     parallelize_module(model, mesh, {"layers.*.moe": ExpertParallel()})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-2, foreach=True)
     norms = train(model, optimizer, 0, FIRST, rank, 2, mesh)
     save_checkpoint(folder, model, optimizer)
     wider = nn.ModuleDict(
@@ -122,7 +123,7 @@ def over_two_dimensions(rank, shape, before, after, export):
     for layer in model.layers:
         fully_shard(layer, mesh=everyone)
     fully_shard(model, mesh=everyone)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-2, foreach=True)
     load_checkpoint(before, model, optimizer)
     loaded = state_of(model, optimizer)
     norms = train(model, optimizer, FIRST, FIRST + THEN, rank, mesh.size())

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from distributed.layers import batch, ep_mesh, full, near, pair
 from fastmoe_cpp import MoE, reference
-from fastmoe_cpp.parallel import ExpertParallel, average_gradients, clip_grad_norm_
+from fastmoe_cpp.parallel import ExpertParallel, average_gradients, clip_grad_norm_, parameter_groups
 
 STEPS = 100
 TRAINED = config(
@@ -41,7 +41,7 @@ class Model(nn.Module):
 
 def train(model, inputs, targets, mesh=None):
     """Losses and gradient norms of STEPS steps on this rank's [STEPS, S, L, H]; the loss is the mean over all ranks."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=3e-3, foreach=True)
     losses, norms = [], []
     for x, y in zip(inputs, targets, strict=True):
         loss = (model(x) - y).square().mean()
