@@ -9,7 +9,10 @@ case "${1:-tests}" in
   tests)
     "$python" -m fastmoe_cpp doctor || exit 1
     shift $(( $# > 0 ? 1 : 0 ))
-    exec "$python" -m pytest tests -q -p no:cacheprovider -m cuda --durations=10 "$@"
+    # each failure as it comes: whoever ends the run early has seen them
+    "$python" -m pytest tests -v -p no:cacheprovider -m cuda --durations=10 "$@" |
+      grep --line-buffered -v -e ' PASSED' -e '^tests/.*:: *$' -e ' SKIPPED'
+    exit "${PIPESTATUS[0]}"
     ;;
   sanitize)
     # torch's caching allocator would hide an access past an allocation's end
