@@ -42,3 +42,11 @@ def device(request) -> str:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def shared_gpu(request):
+    """Several processes test on one GPU: none keeps gigabytes in its allocator's cache after a test."""
+    yield
+    if "cuda" in request.keywords and has_cuda() and torch.cuda.memory_reserved() > 2**31:
+        torch.cuda.empty_cache()
