@@ -3,11 +3,12 @@
 from .checkpoint import export_safetensors, load_checkpoint, save_checkpoint
 from .exchange import ExchangeError, all_to_all_rows, exchange_counts
 from .gradients import average_gradients, clip_grad_norm_, grad_norm, parameter_groups
-from .style import ExpertParallel
+from .style import ExpertParallel, ExpertTensorParallel
 
 __all__ = [
     "ExchangeError",
     "ExpertParallel",
+    "ExpertTensorParallel",
     "all_to_all_rows",
     "average_gradients",
     "clip_grad_norm_",

@@ -19,18 +19,31 @@ def facts_of(config: Any, prefix: str = "") -> dict[str, Any]:
     return facts
 
 
-def check_agreement(what: str, facts: dict[str, Any], group: dist.ProcessGroup) -> None:
-    """Raises the same ValueError on every rank unless all of them hold the same facts. A collective."""
-    gathered: list[dict[str, Any]] = [{}] * group.size()
-    try:
-        dist.all_gather_object(gathered, facts, group=group)
-    except RuntimeError as error:
-        raise failed(f"{what}: comparing the ranks' settings", group, error) from error
-    for name in sorted({name for each in gathered for name in each}):
-        values = [each.get(name, "nothing") for each in gathered]
-        other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+def gathered(what: str, own: Any, *groups: dist.ProcessGroup) -> list[Any]:
+    """What every rank of the mesh of these groups has, in the same order on each. A collective."""
+    found = [own]
+    for group in groups:
+        parts: list[list[Any]] = [[]] * group.size()
+        try:
+            dist.all_gather_object(parts, found, group=group)
+        except RuntimeError as error:
+            raise failed(f"{what}: comparing the ranks' settings", group, error) from error
+        found = [each for part in parts for each in part]
+    return found
+
+
+def check_agreement(what: str, facts: dict[str, Any], *groups: dist.ProcessGroup) -> None:
+    """Raises the same ValueError on every rank unless all of them hold the same facts. A collective.
+
+    The ranks are those of one group, or of the mesh of which each group is one dimension.
+    """
+    label = f"rank {groups[0].rank()}" if len(groups) == 1 else f"global rank {dist.get_rank()}"
+    labels, facts_of_ranks = zip(*gathered(what, (label, facts), *groups), strict=True)
+    for name in sorted({name for each in facts_of_ranks for name in each}):
+        values = [each.get(name, "nothing") for each in facts_of_ranks]
+        other = next((i for i, value in enumerate(values) if value != values[0]), None)
         if other is not None:
             raise ValueError(
-                f"{what}: {name} must be the same on every rank, got {values[0]} on rank 0 and {values[other]} on rank "
-                f"{other} (this is {describe(group)})"
+                f"{what}: {name} must be the same on every rank, got {values[0]} on {labels[0]} and {values[other]} on "
+                f"{labels[other]} (this is {describe(groups[0])})"
             )

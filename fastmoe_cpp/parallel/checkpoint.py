@@ -1,7 +1,8 @@
 """Checkpoints of models of which each rank holds a part: any number of ranks writes, any other number reads.
 
 Experts are kept under their numbers in the whole layer: a parameter spread over ranks is one tensor [E, ...] in the
-checkpoint, of which every rank writes and reads its own part (torch.distributed.checkpoint).
+checkpoint, of which every rank writes and reads its own part (torch.distributed.checkpoint). So are the gate and up
+rows of experts that ranks hold parts of: [E, 2 * I, ...], as on one rank.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
+
+from .stored import as_stored, from_stored, names_in_halves, plain_name
 
 _OPTIONS = StateDictOptions(strict=True)
 
@@ -35,7 +38,7 @@ def save_checkpoint(
     state = {"model": model_state} | ({} if optimizer is None else {"optimizer": optimizer_state})
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        dcp.save(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        dcp.save(as_stored(state, names_in_halves(model)), checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
 def load_checkpoint(
@@ -48,12 +51,14 @@ def load_checkpoint(
     if not Path(folder, ".metadata").is_file():
         raise ValueError(f"folder must hold a checkpoint of save_checkpoint, there is none in {os.fspath(folder)}")
     model_state, optimizer_state = get_state_dict(model, optimizer or (), options=_OPTIONS)
-    _check_tensors(folder, model_state)
     state = {"model": model_state} | ({} if optimizer is None else {"optimizer": optimizer_state})
+    state = as_stored(state, names_in_halves(model))
+    _check_tensors(folder, state["model"])
     with warnings.catch_warnings():
         # of one process without a group
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
         dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    state = from_stored(state)
     set_state_dict(
         model, optimizer or (), model_state_dict=state["model"], optim_state_dict=state.get("optimizer", {}),
         options=_OPTIONS,
@@ -88,10 +93,12 @@ def export_safetensors(path: str | os.PathLike, model: nn.Module, metadata: dict
     except ImportError:
         raise ImportError("export_safetensors needs safetensors: pip install safetensors") from None
     whole: dict[str, Tensor] = {}
+    halves = names_in_halves(model)
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"state_dict()[{name!r}] must be a tensor, got {type(tensor).__name__}")
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        tensor = tensor.flatten(1, 2) if plain_name(name) in halves else tensor
         if _rank() == 0:
             # a copy of its own: the format has no shared memory
             whole[name] = tensor.detach().to("cpu", copy=True).contiguous()

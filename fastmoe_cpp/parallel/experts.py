@@ -7,6 +7,9 @@ rank sums the token's experts by weight, and one row comes back, so a token cost
     forward: counts, (weights | ids), rows, and back the sums; backward: the same rows and weights, the other way
 
 The counts are read on the host, once a pass: all_to_all_single takes its sizes there.
+
+Where ranks also hold parts of the same experts (tensor.py), all of this goes on between those that hold the same part,
+and what comes back is summed over the parts.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from .. import ops
 from ..outputs import DispatchPlan
 from .paths import Path
 from .symmetric import SymmetricMemory
+from .tensor import TensorParallel, in_halves
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -53,22 +57,33 @@ class ParallelExperts:
     """Computes an Experts module whose parameters are sharded by expert over the `size` ranks of a path's group.
 
     gradient_scale multiplies the gradients of the experts' parameters. Tokens go in `chunks` parts, of which one is
-    computed while another travels.
+    computed while another travels. tensor has the ranks that hold parts of each expert; with them path may be None,
+    where every rank has a part of all experts.
     """
 
     def __init__(
-        self, path: Path | SymmetricMemory, rank: int, size: int, gradient_scale: float, chunks: int = 1
+        self,
+        path: Path | SymmetricMemory | None,
+        rank: int,
+        size: int,
+        gradient_scale: float,
+        chunks: int = 1,
+        tensor: TensorParallel | None = None,
     ) -> None:
         self.path, self.rank, self.size, self.gradient_scale = path, rank, size, gradient_scale
-        self.chunks = chunks
+        self.chunks, self.tensor = chunks, tensor
 
     def __deepcopy__(self, memo: dict) -> ParallelExperts:
         # the group belongs to the process, not to the module
         return self
 
     def __repr__(self) -> str:
+        if self.path is None:
+            return repr(self.tensor)
         chunks = f" in {self.chunks} chunks" if self.chunks > 1 else ""
-        return f"expert_parallel=rank {self.rank} of {self.size} by {self.path.name}{chunks}"
+        return f"expert_parallel=rank {self.rank} of {self.size} by {self.path.name}{chunks}" + (
+            "" if self.tensor is None else f", {self.tensor}"
+        )
 
     def draw(self, weight: Tensor, std: float) -> None:
         """Draws a weight from a normal distribution, other numbers for every rank's part of it."""
@@ -100,15 +115,39 @@ class ParallelExperts:
         tokens, top_k = plan.token_slot.shape
         if tokens * top_k != plan.slot_index.numel():
             raise ValueError(f"plan must have {tokens * top_k} slots, got {plan.slot_index.numel()}")
-        given, device = hidden_states, hidden_states.device.type
+        device = hidden_states.device.type
+        added = None if beside is None else functools.cache(functools.partial(beside, hidden_states))
         if torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:
             # what the experts would do first, before it is sent
             hidden_states = hidden_states.to(torch.get_autocast_dtype(device))
-        each = experts.config.num_experts // self.size
+        if self.tensor is None:
+            output = self._across(experts, hidden_states, topk_weights, plan, added)
+        else:
+            hidden_states, topk_weights = self.tensor.enter(hidden_states, topk_weights)
+            wait = self.tensor.begin_sum(self._across(experts, hidden_states, topk_weights, plan, added))
+            if added is not None:
+                added()
+            output = wait()
+        return output if added is None else output + added()
+
+    def _across(
+        self,
+        experts: one_rank.Experts,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        plan: DispatchPlan,
+        beside: Callable[[], object] | None,
+    ) -> Tensor:
+        """[T, H] of the experts of all ranks of the path's group, each as much of it as is here.
+
+        beside() is called while the sums are on their way, where the path can go on meanwhile.
+        """
+        if self.path is None:
+            return self._experts(experts, hidden_states, topk_weights, plan)
+        each, top_k = experts.config.num_experts // self.size, topk_weights.shape[1]
         if isinstance(self.path, SymmetricMemory):
             compute = functools.partial(self._experts, experts)
-            output = self.path.apply(compute, hidden_states, topk_weights, plan, each)
-            return output if beside is None else output + beside(given)
+            return self.path.apply(compute, hidden_states, topk_weights, plan, each)
         chunks = self._chunks(hidden_states, topk_weights, plan, each)
         alone = len(chunks) == 1 and beside is None
         go = self._at_once if alone else self.path.begin
@@ -125,10 +164,10 @@ class ParallelExperts:
             plan = plan._replace(slot_index=plan.slot_index[: chunk.pairs])
             rows = self._experts(experts, rows, choices[:, :top_k], plan)
             returning.append(go(rows, *chunk.back, "expert-parallel combine"))
-        shared = None if beside is None else beside(given)
+        if beside is not None:
+            beside()
         outputs = [ops.combine(wait(), None, chunk.plan) for chunk, wait in zip(chunks, returning, strict=True)]
-        output = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
-        return output if shared is None else output + shared
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     def _chunks(self, hidden_states: Tensor, topk_weights: Tensor, plan: DispatchPlan, each: int) -> list[_Chunk]:
         """The tokens in consecutive parts of nearly equal size, as many parts on every rank. A collective."""
@@ -165,21 +204,26 @@ class ParallelExperts:
     def _experts(self, experts: one_rank.Experts, rows: Tensor, weights: Tensor, plan: DispatchPlan) -> Tensor:
         c = experts.config
 
-        def local(parameter: Tensor | None) -> Tensor | None:
+        def local(name: str) -> Tensor | None:
+            parameter = getattr(experts, name)
             if parameter is None:
                 return None
             if isinstance(parameter, DTensor):
+                halves = in_halves(name, parameter)
                 parameter = parameter.to_local()
+                parameter = parameter.flatten(1, 2) if halves else parameter
+            if name == "down_bias" and self.tensor is not None:
+                parameter = self.tensor.once(parameter)
             return parameter if self.gradient_scale == 1 else _ScaleGradient.apply(parameter, self.gradient_scale)
 
         return ops.experts(
             rows,
-            local(experts.gate_up_proj),
-            local(experts.down_proj),
+            local("gate_up_proj"),
+            local("down_proj"),
             weights,
             plan,
-            gate_up_bias=local(experts.gate_up_bias),
-            down_bias=local(experts.down_bias),
+            gate_up_bias=local("gate_up_bias"),
+            down_bias=local("down_bias"),
             activation=c.activation,
             activation_alpha=c.activation_alpha,
             activation_limit=c.activation_limit,

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 
 from fastmoe_cpp import MoE, MoEConfig
-from fastmoe_cpp.parallel import ExpertParallel
+from fastmoe_cpp.parallel import ExpertParallel, ExpertTensorParallel
 
 #: Sequences of LENGTH tokens of each rank: even, uneven, ranks with none, none at all.
 SEQUENCES = {
@@ -25,16 +25,21 @@ SEQUENCES = {
 LENGTH = 2
 
 
+def mesh_of(**sizes: int) -> DeviceMesh:
+    return init_device_mesh(device().type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+
 def ep_mesh(ranks: int) -> DeviceMesh:
-    return init_device_mesh(device().type, (ranks,), mesh_dim_names=("ep",))
+    return mesh_of(ep=ranks)
 
 
 def pair(case: str | MoEConfig, mesh: DeviceMesh, dtype=torch.float64, **style) -> tuple[MoE, MoE]:
-    """A layer on this rank alone, and its twin over the mesh."""
+    """A layer on this rank alone, and its twin over the mesh: parts of experts over a last dimension 'tp'."""
     torch.manual_seed(0)
     whole = make(case, device(), dtype)
     spread = nn.ModuleDict({"moe": copy.deepcopy(whole)})
-    parallelize_module(spread, mesh, {"moe": ExpertParallel(**style)})
+    kind = ExpertTensorParallel if mesh.mesh_dim_names[-1] == "tp" else ExpertParallel
+    parallelize_module(spread, mesh, {"moe": kind(**style)})
     return whole, spread["moe"]
 
 
@@ -45,8 +50,10 @@ def batch(sequences: list[int], hidden: int, seed: int = 0, dtype=torch.float64)
     return [(x + 0.3 * rank).to(device(), dtype) for rank, x in enumerate(drawn)]
 
 
-def full(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def full(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """The whole tensor; with gate and up rows one after the other as one rank's `like` has them."""
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor if like is None or tensor.dim() == like.dim() else tensor.flatten(1, 2)
 
 
 def near(actual: Tensor, expected: Tensor, what: str, rtol: float = 1e-11) -> None:
@@ -55,4 +62,4 @@ def near(actual: Tensor, expected: Tensor, what: str, rtol: float = 1e-11) -> No
     torch.testing.assert_close(actual, expected, rtol=0, atol=rtol * size + 1e-13, msg=lambda m: f"{what}: {m}")
 
 
-__all__ = ["CASES", "LENGTH", "SEQUENCES", "batch", "ep_mesh", "full", "near", "pair"]
+__all__ = ["CASES", "LENGTH", "SEQUENCES", "batch", "ep_mesh", "full", "mesh_of", "near", "pair"]

@@ -43,11 +43,11 @@ def same_as_one_rank(rank, mesh, case, sequences, routing=None, **style):
     for loss in ("balance_loss", "z_loss", "aux_loss"):
         mean = getattr(got, loss).detach().clone()
         dist.all_reduce(mean)
-        near(mean / ranks, getattr(out, loss).detach(), f"{loss}, {what}")
+        near(mean / dist.get_world_size(), getattr(out, loss).detach(), f"{loss}, {what}")
     average_gradients(spread, mesh)
     for (name, p), (_, q) in zip(whole.named_parameters(), spread.named_parameters(), strict=True):
         expected = torch.zeros_like(p) if p.grad is None else p.grad
-        near(full(q.grad), expected, f"gradient of {name}, {what}")
+        near(full(q.grad, p), expected, f"gradient of {name}, {what}")
     for norm_type in (2.0, 1.0, float("inf")):
         expected = torch.nn.utils.get_total_norm([p.grad for p in whole.parameters() if p.grad is not None], norm_type)
         near(grad_norm(spread, norm_type), expected.double(), f"norm, {what}")
@@ -68,7 +68,11 @@ def outputs_of_own_tokens(rank, mesh, case, sequences, **style):
 
 
 def check_ranks(rank, ranks, **style):
-    mesh = ep_mesh(ranks)
+    check_mesh(ep_mesh(ranks), rank, ranks, **style)
+
+
+def check_mesh(mesh, rank, ranks, **style):
+    """Every case over a mesh on which this rank has the tokens of number `rank` of `ranks`."""
     for case, c in CASES.items():
         if c.num_experts % ranks:
             continue
