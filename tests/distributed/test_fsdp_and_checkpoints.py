@@ -15,7 +15,7 @@ from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
 from distributed.layers import ep_mesh, full, near
-from fastmoe_cpp import MoE
+from fastmoe_cpp import MoE, MoEConfig
 from fastmoe_cpp.parallel import (
     ExpertParallel,
     average_gradients,
@@ -36,20 +36,20 @@ CONFIG = config(
 
 
 class Block(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, c: MoEConfig) -> None:
         super().__init__()
         self.mix = nn.Linear(HIDDEN, HIDDEN, dtype=torch.float64)
-        self.moe = MoE(CONFIG, dtype=torch.float64)
+        self.moe = MoE(c, dtype=torch.float64)
 
     def forward(self, x):
         return x + self.moe(self.mix(x))
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, *configs: MoEConfig) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.layers = nn.ModuleList(Block() for _ in range(2))
+        self.layers = nn.ModuleList(Block(c) for c in configs or (CONFIG, CONFIG))
 
     def forward(self, x):
         for layer in self.layers:
@@ -77,24 +77,23 @@ def train(model, optimizer, first, last, rank=0, ranks=1, mesh=None):
     return norms
 
 
-def made():
-    model = Model()
+def made(*configs):
+    model = Model(*configs)
     return model, torch.optim.AdamW(parameter_groups(model), lr=1e-2, foreach=True)
 
 
 def state_of(model, optimizer):
     """Every tensor, whole, by name: the model's and the optimizer's."""
-    out = {name: full(t).detach().to("cpu", copy=True) for name, t in model.state_dict().items()}
+    out = dict(model.state_dict())
     for name, p in model.named_parameters():
-        for key, value in optimizer.state[p].items():
-            out[f"{name}/{key}"] = full(value).detach().to("cpu", copy=True)
-    return out
+        out |= {f"{name}/{key}": value for key, value in optimizer.state[p].items()}
+    return {name: full(tensor).detach().to("cpu", copy=True) for name, tensor in out.items()}
 
 
 def assert_same(got, expected):
     assert got.keys() == expected.keys()
     for name, tensor in expected.items():
-        near(got[name], tensor, name, rtol=1e-9)
+        near(full(got[name], tensor), tensor, name, rtol=1e-9)
 
 
 def over_two_ranks(rank, folder):

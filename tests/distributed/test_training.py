@@ -16,7 +16,13 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from distributed.layers import batch, ep_mesh, full, near, pair
 from fastmoe_cpp import MoE, reference
-from fastmoe_cpp.parallel import ExpertParallel, average_gradients, clip_grad_norm_, parameter_groups
+from fastmoe_cpp.parallel import (
+    ExpertParallel,
+    ExpertTensorParallel,
+    average_gradients,
+    clip_grad_norm_,
+    parameter_groups,
+)
 
 STEPS = 100
 TRAINED = config(
@@ -50,7 +56,7 @@ def train(model, inputs, targets, mesh=None):
             average_gradients(model, mesh)
             loss = loss.detach()
             dist.all_reduce(loss)
-            loss /= mesh.size()
+            loss /= dist.get_world_size()
         norms.append(clip_grad_norm_(model, 0.1).item())
         losses.append(loss.item())
         optimizer.step()
@@ -60,7 +66,7 @@ def train(model, inputs, targets, mesh=None):
     return losses, norms
 
 
-def check_training(rank, ranks, **style):
+def check_training(rank, ranks, mesh=None, **style):
     torch.manual_seed(0)
     whole = Model().to(device())
     # a step's tokens grow more alike: uniform to all to few experts
@@ -68,15 +74,16 @@ def check_training(rank, ranks, **style):
     inputs = inputs + torch.linspace(0, 3, STEPS)[:, None, None, None] * torch.randn(16, dtype=torch.float64)
     inputs, targets = (x.to(device()) for x in (inputs, torch.randn_like(inputs)))
     spread = copy.deepcopy(whole)
-    if rank:
+    if dist.get_rank():
         for p in spread.parameters():
             p.data.zero_()  # every rank starts with rank 0's weights
-    mesh = ep_mesh(ranks)
-    parallelize_module(spread, mesh, {"layers.*.moe": ExpertParallel(**style)})
+    kind = ExpertParallel if mesh is None else ExpertTensorParallel
+    mesh = mesh or ep_mesh(ranks)
+    parallelize_module(spread, mesh, {"layers.*.moe": kind(**style)})
     path = style.get("path", "all_to_all_single")
     assert f"expert_parallel=rank {rank} of {ranks} by {path}" in repr(spread)
     got = train(spread, inputs.chunk(ranks, 1)[rank], targets.chunk(ranks, 1)[rank], mesh)
-    if rank:
+    if dist.get_rank():
         for q in spread.parameters():
             full(q)
         return
@@ -85,7 +92,7 @@ def check_training(rank, ranks, **style):
         near(torch.tensor(many), torch.tensor(one), what, rtol=1e-9)
     assert max(expected[1]) > 0.1, "no gradient was clipped"
     for (name, p), q in zip(whole.named_parameters(), spread.parameters(), strict=True):
-        near(full(q).detach(), p.detach(), name, rtol=1e-7)
+        near(full(q, p).detach(), p.detach(), name, rtol=1e-7)
     for one, many in zip(whole.layers, spread.layers, strict=True):
         assert torch.equal(one["moe"].router.expert_bias, many["moe"].router.expert_bias)
         assert one["moe"].router.expert_bias.abs().max() > 0
@@ -97,16 +104,15 @@ def test_a_hundred_steps_are_one_ranks(ranks, backend, enough):
     run_ranks(check_training, ranks, ranks, backend=backend)
 
 
-def check_narrow_types(rank, ranks):
-    mesh = ep_mesh(ranks)
+def check_narrow_types(rank, ranks, mesh=None):
+    mesh = mesh or ep_mesh(ranks)
     sequences = [6, 2][:ranks]
     own = slice(sum(sequences[:rank]), sum(sequences[: rank + 1]))
     for dtype in (torch.float32, torch.bfloat16):
         for routing in ("uniform", "zipf", "all_to_one"):
             c = config({"renormalize": False}, hidden_size=64, intermediate_size=32)
-            layers = [pair(c, mesh, dtype=dtype)[1]]
-            _, spread = pair(c, mesh, dtype=dtype)
-            eager = {n: p.detach().clone() for n, p in ((n, full(p)) for n, p in layers[0].named_parameters())}
+            whole, spread = pair(c, mesh, dtype=dtype)
+            eager = {n: p.detach().clone() for n, p in whole.named_parameters()}
             truth = {n: p.double() for n, p in eager.items()}
             inputs, cotangents = (batch(sequences, c.hidden_size, seed, dtype) for seed in (0, 1))
             ids = ids_of(routing, sum(sequences) * 2, c.num_experts, c.top_k)[0].to(device())
@@ -122,7 +128,8 @@ def check_narrow_types(rank, ranks):
                 z = reference.moe(y, leaves, c, topk_ids=ids).hidden_states
                 z.backward(torch.cat(cotangents).to(wide))
                 results.append({"output": z[own], "x": y.grad[own]} | {n: p.grad for n, p in leaves.items()})
-            ours = {"output": out, "x": x.grad / ranks} | {n: full(p.grad) for n, p in spread.named_parameters()}
+            ours = {"output": out, "x": x.grad / ranks}
+            ours |= {n: full(p.grad, eager[n]) for n, p in spread.named_parameters()}
             for name, tensor in ours.items():
                 close(
                     tensor, results[0][name], results[1][name], what=f"{name}, {dtype}, {routing}",
