@@ -10,11 +10,13 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
@@ -46,27 +48,69 @@ def load_checkpoint(
 ) -> None:
     """Reads what save_checkpoint wrote into a model, spread over however many ranks, and its optimizer. A collective.
 
-    Raises ValueError, and changes nothing, where a tensor is missing or has another shape or dtype than the model's.
+    The optimizer may have other groups than the saved one, as parameter_groups makes them of other meshes: a group
+    takes the settings that its parameters had. Raises ValueError, and changes nothing, where these differ, or where a
+    tensor is missing or has another shape or dtype than the model's.
     """
     if not Path(folder, ".metadata").is_file():
         raise ValueError(f"folder must hold a checkpoint of save_checkpoint, there is none in {os.fspath(folder)}")
     model_state, optimizer_state = get_state_dict(model, optimizer or (), options=_OPTIONS)
     state = {"model": model_state} | ({} if optimizer is None else {"optimizer": optimizer_state})
     state = as_stored(state, names_in_halves(model))
-    _check_tensors(folder, state["model"])
-    with warnings.catch_warnings():
-        # of one process without a group
-        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    stored = dcp.FileSystemReader(folder).read_metadata()
+    _check_tensors(folder, stored, state["model"])
+    groups = None if optimizer is None else _settings(folder, stored, state["optimizer"].pop("param_groups"))
+    _load(folder, state)
     state = from_stored(state)
+    if groups is not None:
+        state["optimizer"]["param_groups"] = groups
     set_state_dict(
         model, optimizer or (), model_state_dict=state["model"], optim_state_dict=state.get("optimizer", {}),
         options=_OPTIONS,
     )  # fmt: skip
 
 
-def _check_tensors(folder: str | os.PathLike, model_state: dict[str, Tensor]) -> None:
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+def _load(folder: str | os.PathLike, state: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        # of one process without a group
+        warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
+        dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def _settings(folder: str | os.PathLike, metadata: Metadata, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The optimizer's groups, each with the settings that the parameters in it have in the checkpoint. A collective."""
+    prefix = ("optimizer", "param_groups")
+    saved: dict[int, dict[str, Any]] = {}
+    for name, path in metadata.planner_data.items():
+        if path[:2] != prefix:
+            continue
+        _, _, i, key = path
+        kept = metadata.state_dict_metadata[name]
+        is_tensor = isinstance(kept, TensorStorageMetadata)
+        saved.setdefault(i, {})[key] = torch.empty(kept.size, dtype=kept.properties.dtype) if is_tensor else None
+    if not saved:
+        raise ValueError(
+            f"the checkpoint in {os.fspath(folder)} must hold an optimizer's state, and holds a model alone"
+        )
+    state = {"optimizer": {"param_groups": [saved[i] for i in sorted(saved)]}}
+    _load(folder, state)
+    return [_settings_of(i, group, state["optimizer"]["param_groups"]) for i, group in enumerate(groups)]
+
+
+def _settings_of(number: int, group: dict[str, Any], saved: list[dict[str, Any]]) -> dict[str, Any]:
+    found = [each for each in saved if not set(each["params"]).isdisjoint(group["params"])]
+    for other in found[1:]:
+        for key in sorted((other.keys() | found[0].keys()) - {"params"}):
+            if other.get(key) != found[0].get(key):
+                raise ValueError(
+                    f"the parameters of the optimizer's group {number} must have the same settings in the checkpoint: "
+                    f"{found[0]['params'][0]} has {key} {found[0].get(key)} and {other['params'][0]} {other.get(key)}"
+                )
+    return group | (found[0] if found else {}) | {"params": group["params"]}
+
+
+def _check_tensors(folder: str | os.PathLike, metadata: Metadata, model_state: dict[str, Tensor]) -> None:
+    stored = metadata.state_dict_metadata
     for name, tensor in model_state.items():
         there = stored.get(f"model.{name}")
         if there is None:
