@@ -27,7 +27,7 @@ def gathered(what: str, own: Any, *groups: dist.ProcessGroup) -> list[Any]:
         try:
             dist.all_gather_object(parts, found, group=group)
         except RuntimeError as error:
-            raise failed(f"{what}: comparing the ranks' settings", group, error) from error
+            raise failed(f"{what}: comparing what the ranks have", group, error) from error
         found = [each for part in parts for each in part]
     return found
 

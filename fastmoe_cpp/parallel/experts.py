@@ -123,6 +123,7 @@ class ParallelExperts:
         if self.tensor is None:
             output = self._across(experts, hidden_states, topk_weights, plan, added)
         else:
+            self.tensor.check_tokens(hidden_states, topk_weights, plan.token_slot)
             hidden_states, topk_weights = self.tensor.enter(hidden_states, topk_weights)
             wait = self.tensor.begin_sum(self._across(experts, hidden_states, topk_weights, plan, added))
             if added is not None:

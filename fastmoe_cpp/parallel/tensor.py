@@ -18,7 +18,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from ..config import MoEConfig
-from .exchange import failed
+from .agreement import gathered
+from .exchange import describe, failed
 
 _collectives = torch.ops._c10d_functional
 
@@ -43,6 +44,12 @@ def to_parts(name: str, parameter: Tensor, config: MoEConfig) -> tuple[Tensor, P
     if name == "down_proj":
         return parameter, Shard(2)
     return (parameter.unflatten(1, (2, -1)), Shard(2)) if has_halves(config) else (parameter, Shard(1))
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of its bits, so that equal NaN are equal."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().contiguous().view(integers).sum(dtype=torch.int64))
 
 
 class _Enter(torch.autograd.Function):
@@ -103,9 +110,32 @@ class TensorParallel:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
+        self._checked = False
 
     def __repr__(self) -> str:
         return f"expert_tensor_parallel=rank {self.rank} of {self.size}"
+
+    def check_tokens(self, hidden_states: Tensor, topk_weights: Tensor, choices: Tensor) -> None:
+        """Raises a ValueError on every rank of the group unless all have the same tokens, in the first call with any.
+
+        It waits for the device; a first call that a CUDA graph captures is not checked.
+        """
+        capturing = hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()
+        if self._checked or capturing or self.size == 1:
+            return
+        named = {"hidden_states": hidden_states, "routing weights": topk_weights, "choices of experts": choices}
+        own = {name: (list(x.shape), str(x.dtype), _checksum(x)) for name, x in named.items()}
+        found = gathered("ExpertTensorParallel", own, self.group)
+        for name in own:
+            other = next((rank for rank, each in enumerate(found) if each[name] != found[0][name]), None)
+            if other is not None:
+                shapes = [f"{each[name][1]} {each[name][0]}" for each in (found[0], found[other])]
+                differ = f"{shapes[0]} on rank 0 and {shapes[1]}" if shapes[0] != shapes[1] else "other values"
+                raise ValueError(
+                    f"ExpertTensorParallel: {name} must be the same on every rank that holds parts of the same "
+                    f"experts, got {differ} on rank {other} (this is {describe(self.group)})"
+                )
+        self._checked = hidden_states.shape[0] > 0
 
     def enter(self, hidden_states: Tensor, topk_weights: Tensor) -> tuple[Tensor, Tensor]:
         """Themselves, for each rank to compute a part with: backward sums their gradients over the group."""

@@ -185,6 +185,35 @@ def test_a_killed_rank_ends_the_other_which_names_the_sum_the_group_and_itself()
     )
 
 
+def other_tokens(rank):
+    """Said in the first call that has tokens, on every rank."""
+    mesh, said = mesh_of(tp=2), []
+    x = batch([3], 16)[0]
+    for inputs in (x[: 3 - rank], x + rank, x):
+        _, spread = pair(config(), mesh)
+        spread(x[:0])
+        if inputs is x and rank == 1:
+            spread.router.weight.data[0] += 1
+        with pytest.raises(ValueError) as caught:
+            spread(inputs)
+        said.append(str(caught.value))
+    assert all(f"(this is rank {rank} of 2 in group" in each for each in said)
+    _, spread = pair(config(), mesh)
+    spread(torch.full_like(x, float("nan")))
+    return [each.split(" (this is")[0] for each in said]
+
+
+def test_ranks_with_other_tokens():
+    same = "must be the same on every rank that holds parts of the same experts, got"
+    for said in run_ranks(other_tokens, 2):
+        assert said == [
+            f"ExpertTensorParallel: hidden_states {same} torch.float64 [6, 16] on rank 0 and torch.float64 [4, 16] on "
+            "rank 1",
+            f"ExpertTensorParallel: hidden_states {same} other values on rank 1",
+            f"ExpertTensorParallel: routing weights {same} other values on rank 1",
+        ]
+
+
 def parallelized(layer, mesh, **style):
     return parallelize_module(nn.ModuleDict({"moe": layer}), mesh, {"moe": ExpertTensorParallel(**style)})["moe"]
 
