@@ -15,7 +15,7 @@ from support.tolerance import BACKWARD, close
 from torch.distributed.device_mesh import DeviceMesh
 
 from distributed.conftest import gpus
-from distributed.layers import batch, ep_mesh, full, pair
+from distributed.layers import batch, ep_mesh, full, mesh_of, pair
 from fastmoe_cpp import reference
 from fastmoe_cpp.parallel import average_gradients
 
@@ -30,10 +30,14 @@ PATHS = {
 }
 
 
-def same_as_one_rank(rank, dtype, kind, routing, sequences, style):
+def same_as_one_rank(rank, mesh, dtype, kind, routing, sequences, style):
     """Outputs and gradients are as near to the float64 truth as eager torch's, in kernels of the size of models."""
-    c = config({"renormalize": False}, hidden_size=512, intermediate_size=256, num_experts=16, top_k=4)
-    _, spread = pair(c, ep_mesh(2), dtype=torch.float32 if kind == "autocast" else dtype, **style)
+    c, ranks = (
+        config({"renormalize": False}, hidden_size=512, intermediate_size=256, num_experts=16, top_k=4),
+        len(sequences),
+    )
+    whole, spread = pair(c, mesh, dtype=torch.float32 if kind == "autocast" else dtype, **style)
+    like = dict(whole.named_parameters())
     own = slice(sum(sequences[:rank]), sum(sequences[: rank + 1]))
     inputs, cotangents = (batch(sequences, c.hidden_size, seed, dtype) for seed in (0, 1))
     with torch.no_grad():
@@ -44,9 +48,9 @@ def same_as_one_rank(rank, dtype, kind, routing, sequences, style):
     x = inputs[rank].clone().requires_grad_()
     with torch.autocast(device().type, dtype, enabled=kind == "autocast"):
         out = spread.forward_with_routing(x, topk_ids=ids[own.start * 2 : own.stop * 2]).hidden_states
-    out.backward(cotangents[rank].to(out.dtype) * 2)
-    average_gradients(spread, ep_mesh(2))
-    parameters = {n: full(p).detach() for n, p in spread.named_parameters()}
+    out.backward(cotangents[rank].to(out.dtype) * ranks)
+    average_gradients(spread, mesh)
+    parameters = {n: full(p, like[n]).detach() for n, p in spread.named_parameters()}
     results = []
     for wide in (torch.float64, dtype):
         leaves = {n: p.to(dtype).to(wide).requires_grad_() for n, p in parameters.items()}
@@ -54,7 +58,8 @@ def same_as_one_rank(rank, dtype, kind, routing, sequences, style):
         z = reference.moe(y, leaves, c, topk_ids=ids).hidden_states
         z.backward(torch.cat(cotangents).to(wide))
         results.append({"output": z[own], "x": y.grad[own]} | {n: p.grad for n, p in leaves.items()})
-    ours = {"output": out, "x": x.grad / 2} | {n: full(p.grad) for n, p in spread.named_parameters()}
+    ours = {"output": out, "x": x.grad / ranks}
+    ours |= {n: full(p.grad, like[n]) for n, p in spread.named_parameters()}
     for name, tensor in ours.items():
         if "router" in name and kind == "autocast":
             continue  # the router's weight stays float32 there
@@ -64,18 +69,23 @@ def same_as_one_rank(rank, dtype, kind, routing, sequences, style):
         )  # fmt: skip
 
 
-def check_kernels(rank, style):
+def check_kernels(rank, style, parts=False):
+    mesh = mesh_of(tp=2) if parts else ep_mesh(2)
     for dtype, kind in (
         (torch.bfloat16, "plain"), (torch.float16, "plain"), (torch.float32, "plain"), (torch.bfloat16, "autocast"),
     ):  # fmt: skip
         for routing in ("uniform", "zipf", "all_to_one"):
-            for sequences in SEQUENCES:
-                same_as_one_rank(rank, dtype, kind, routing, sequences, style)
+            for sequences in ([512], [0]) if parts else SEQUENCES:
+                same_as_one_rank(0 if parts else rank, mesh, dtype, kind, routing, sequences, style)
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_kernels_sizes_and_dtypes(path):
     run_ranks(check_kernels, 2, PATHS[path], backend="nccl")
+
+
+def test_the_kernels_sizes_and_dtypes_in_parts():
+    run_ranks(check_kernels, 2, {}, True, backend="nccl")
 
 
 def step_of(layer, x, cotangent):
@@ -85,11 +95,12 @@ def step_of(layer, x, cotangent):
     return y
 
 
-def captured(rank):
+def captured(rank, parts):
     """Nothing waits for the host, and a graph's replays are the eager step's bits on other data."""
     c = config({"renormalize": False}, hidden_size=512, intermediate_size=256, num_experts=16, top_k=4)
-    _, spread = pair(c, ep_mesh(2), dtype=torch.bfloat16, **PATHS["bounded"])
-    inputs = [batch([200, 300], 512, seed, torch.bfloat16)[rank] for seed in range(4)]
+    mesh, style = (mesh_of(tp=2), {}) if parts else (ep_mesh(2), PATHS["bounded"])
+    _, spread = pair(c, mesh, dtype=torch.bfloat16, **style)
+    inputs = [batch([200, 300], 512, seed, torch.bfloat16)[0 if parts else rank] for seed in range(4)]
     cotangent = torch.ones_like(inputs[0])
     x = inputs[0].clone().requires_grad_()
     kept = [x, *spread.parameters()]
@@ -134,8 +145,9 @@ def captured(rank):
         assert torch.equal(eager(inputs[1])[0], expected[1][0])
 
 
-def test_no_wait_for_the_host_and_a_cuda_graph():
-    run_ranks(captured, 2, backend="nccl")
+@pytest.mark.parametrize("parts", [False, True], ids=["experts", "parts"])
+def test_no_wait_for_the_host_and_a_cuda_graph(parts):
+    run_ranks(captured, 2, parts, backend="nccl")
 
 
 def too_many(rank, printed):
