@@ -145,7 +145,7 @@ class ExpertParallel(ParallelStyle):
             return
         device = module.router.weight.device
         state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-        digest = hashlib.sha256(state.numpy().tobytes()).hexdigest()
+        digest = hashlib.sha256(bytes(state.tolist())).hexdigest()
         same = len(set(gathered(name, digest, tensor))) == 1
         if not all(gathered(name, same, *groups)):
             raise ValueError(

@@ -184,6 +184,12 @@ def check_settings(rank, ranks):
     for name, mean in grads[0].items():
         near(grads[1][name], mean * ranks if "experts" in name else mean, name)
 
+    whole = MoE(c, device=device())
+    whole.router.weight.data.fill_(rank)
+    spread.load_state_dict(whole.state_dict())
+    assert torch.equal(spread.router.weight, whole.router.weight.double())
+    for name, p in spread.experts.named_parameters():
+        assert torch.equal(p.to_local(), whole.experts.get_parameter(name).double().chunk(ranks)[rank]), name
     torch.manual_seed(5)
     spread.reset_parameters()
     drawn = full(spread.experts.gate_up_proj).detach()
