@@ -12,6 +12,7 @@ from fastmoe_cpp.parallel import average_gradients, grad_norm
 
 #: Counted or normalised over each rank's own tokens: these are not the whole batch's by definition.
 OWN_TOKENS = {"switch", "capacity", "sinkhorn"}
+ROUTINGS = ("uniform", "zipf", "all_to_one", "last_empty", "duplicates", "dropped")
 TWELVE = config({"renormalize": False}, num_experts=12, top_k=5, bias=True, weight_on_input=True)
 
 
@@ -71,17 +72,17 @@ def check_ranks(rank, ranks, **style):
     check_mesh(ep_mesh(ranks), rank, ranks, **style)
 
 
-def check_mesh(mesh, rank, ranks, **style):
+def check_mesh(mesh, rank, ranks, cases=tuple(CASES), routings=ROUTINGS, **style):
     """Every case over a mesh on which this rank has the tokens of number `rank` of `ranks`."""
-    for case, c in CASES.items():
-        if c.num_experts % ranks:
+    for case in cases:
+        if CASES[case].num_experts % ranks:
             continue
         for sequences in SEQUENCES[ranks]:
             if case in OWN_TOKENS:
                 outputs_of_own_tokens(rank, mesh, case, sequences, **style)
             else:
                 same_as_one_rank(rank, mesh, case, sequences, **style)
-    for routing in ("uniform", "zipf", "all_to_one", "last_empty", "duplicates", "dropped"):
+    for routing in routings:
         for sequences in SEQUENCES[ranks]:
             # 12 experts, so that any of these numbers of ranks divides them
             same_as_one_rank(rank, mesh, TWELVE, sequences, routing, **style)

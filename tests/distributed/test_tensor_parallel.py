@@ -55,7 +55,8 @@ def test_one_step_is_one_ranks(sizes, backend, enough):
 
 
 def through_symmetric_memory(rank, sizes):
-    check_ranks(rank, sizes, path="symmetric_memory", max_tokens=32, max_rows=64)
+    bounds = {"path": "symmetric_memory", "max_tokens": 32, "max_rows": 64}
+    check_ranks(rank, sizes, cases=("gpt_oss", "deepseek", "llama4"), routings=("zipf", "last_empty"), **bounds)
 
 
 def test_symmetric_memory_between_ranks_of_the_same_part(backend, enough):
