@@ -148,7 +148,7 @@ class Learner:
         loss, balance_loss, tokens_per_expert = loss, out.balance_loss, out.tokens_per_expert
         if self.spread:
             loss, balance_loss, tokens_per_expert = self.ranks.total(
-                loss / self.ranks.size, balance_loss / self.ranks.size, tokens_per_expert
+                loss / self.ranks.shares, balance_loss / self.ranks.shares, tokens_per_expert
             )
         return {
             "bits_per_byte": bits(loss.item()),

@@ -83,6 +83,10 @@ def parser() -> argparse.ArgumentParser:
         "--expert-parallel", metavar="N", type=int, default=1,
         help="processes (of torchrun) over which the experts are spread (default: 1)",
     )  # fmt: skip
+    p.add_argument(
+        "--expert-tensor-parallel", metavar="N", type=int, default=1,
+        help="processes over which each expert is spread (default: 1)",
+    )  # fmt: skip
     p.add_argument("--out", metavar="FOLDER", type=Path, help="for everything written (default: runs/train_text)")
     p.add_argument("--save", metavar="FILE", type=Path, help="the checkpoint (default: checkpoint.pt in --out)")
     p.add_argument("--save-every", metavar="N", type=int, default=100, help="steps between checkpoints (default: 100)")
@@ -124,15 +128,19 @@ def resolve(args: argparse.Namespace, state: dict[str, Any] | None) -> Settings:
 
 def open_ranks(args: argparse.Namespace, settings: Settings) -> Ranks:
     """The processes of the run, once everything that can be refused before they talk to each other was."""
-    n = args.expert_parallel
-    if n > 1 and settings.experts % n:
-        raise BadInput(f"--expert-parallel must divide --experts {settings.experts}, got {n}")
-    if n > 1 and settings.compile:
-        raise BadInput("--compile: the exchange between processes can't be compiled; leave it or --expert-parallel out")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    if settings.batch_size % processes:
+    n, parts = args.expert_parallel, args.expert_tensor_parallel
+    for option, number, of, total in (
+        ("--expert-parallel", n, "--experts", settings.experts),
+        ("--expert-tensor-parallel", parts, "--expert-size", settings.expert_size),
+    ):
+        if number < 1 or total % number:
+            raise BadInput(f"{option} must divide {of} {total}, got {number}")
+        if number > 1 and settings.compile:
+            raise BadInput(f"--compile: the exchange between processes can't be compiled; leave it or {option} out")
+    processes = int(os.environ.get("WORLD_SIZE", 1)) // parts
+    if processes and settings.batch_size % processes:
         raise BadInput(f"--batch-size must be a multiple of the {processes} processes, got {settings.batch_size}")
-    return Ranks(args.device, n)
+    return Ranks(args.device, n, parts)
 
 
 def open_device(name: str, settings: Settings) -> torch.device:
@@ -186,9 +194,10 @@ def prepare(args: argparse.Namespace) -> Training:
     print(f"training  {names}, {s.steps} steps of {s.batch_size} x {s.context} bytes, {s.dtype}, {where},")
     print(f"          balance loss coefficient {s.balance_loss:g}")
     if ranks.size > 1:
-        print(
-            f"ranks     {ranks.size}, the experts over {args.expert_parallel}: {model.blocks[0].moe.experts.parallel}"
-        )
+        over = f"the experts over {args.expert_parallel}"
+        if args.expert_tensor_parallel > 1:
+            over += f", each expert over {args.expert_tensor_parallel}"
+        print(f"ranks     {ranks.size}, {over}: {model.blocks[0].moe.experts.parallel}")
     if state is not None:
         training.restore(state)
         print(f"resumed   {args.resume} at step {training.done}")

@@ -51,6 +51,17 @@ def test_two_ranks_train_as_one(tmp_path, backend):
         assert ours["balance_loss"] == pytest.approx(alone["balance_loss"], rel=near)
         assert gpu or ours["tokens_per_expert"] == alone["tokens_per_expert"]
 
+    # halves of every expert in place of half of the experts; one process goes on
+    parts = tmp_path / "parts"
+    options = ["--expert-tensor-parallel", "2", *data, "--no-compare", "--stop-at", "7", "--out", str(parts)]
+    done = run(*TORCHRUN, program, *options)
+    assert done.returncode == 0, done.stderr
+    assert "each expert over 2: expert_tensor_parallel=rank 0 of 2" in done.stdout
+    done = run(program, "--resume", str(parts / "checkpoint.pt"), "--sample-bytes", "10")
+    assert done.returncode == 0, done.stderr
+    for a, b in zip(curve(parts), curve(one), strict=True):
+        assert a["fastmoe_cpp"]["bits_per_byte"] == pytest.approx(b["fastmoe_cpp"]["bits_per_byte"], rel=near)
+
     done = run(
         *TORCHRUN, program, "--expert-parallel", "2", *data, "--no-compare", "--stop-at", "7", "--out", str(resumed)
     )
@@ -70,6 +81,7 @@ def test_two_ranks_train_as_one(tmp_path, backend):
             "--expert-parallel 2 needs a number of processes N that it divides, and this is one",
         ),
         (["--expert-parallel", "3"], "--expert-parallel must divide --experts 8, got 3"),
+        (["--expert-tensor-parallel", "3"], "--expert-tensor-parallel must divide --expert-size 256, got 3"),
         (["--expert-parallel", "2", "--compile"], "--compile: the exchange between processes can't be compiled"),
     ],
 )
