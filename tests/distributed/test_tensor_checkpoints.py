@@ -129,6 +129,17 @@ def test_any_split_reads_what_another_wrote(sizes, one_rank, two_by_two, tmp_pat
     assert_same(load_file(export), of_model(states[2]))
 
 
+def test_parts_read_what_one_rank_wrote(one_rank, tmp_path, backend, enough):
+    enough(2)
+    before, states, norms = one_rank
+    after, export = str(tmp_path / "after"), str(tmp_path / "model.safetensors")
+    for loaded, got in run_ranks(go_on, 2, {"tp": 2}, FIRST, MIDDLE, before, after, export, backend=backend):
+        assert_same(loaded, states[0])
+        assert got == pytest.approx(norms[0], rel=1e-9)
+    assert_same(alone(after), states[1])
+    assert_same(load_file(export), of_model(states[1]))
+
+
 def by_other_ways(rank, folder):
     """torch's own functions on the parts: what they write they read, and they take one rank's tensors for no parts."""
     model, _, _ = spread_over({"tp": 2})
