@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor.parallel import parallelize_module
 
-from distributed.layers import mesh_of, near
+from distributed.layers import full, mesh_of, near
 from distributed.test_fsdp_and_checkpoints import CONFIG, FIRST, THEN, Model, assert_same, made, state_of, train
 from fastmoe_cpp.parallel import (
     ExpertParallel,
@@ -168,6 +168,14 @@ def by_other_ways(rank, folder):
         set_model_state_dict(model, one.state_dict(), options=StateDictOptions(full_state_dict=True))
     with pytest.raises(dcp.api.CheckpointException, match="Size mismatch between saved"):
         dcp.load({"model": get_model_state_dict(model)}, checkpoint_id=f"{folder}/one")
+    with torch.device("meta"):
+        later = Model(*CONFIGS)
+    parallelize_module(later, mesh_of(ep=1, tp=2), {"layers.*.moe": ExpertTensorParallel()})
+    later.to_empty(device="cpu")
+    for layer in (model, later):
+        load_checkpoint(f"{folder}/one", layer)
+        for (name, p), q in zip(layer.named_parameters(), one.parameters(), strict=True):
+            assert torch.equal(full(p, q), q), name
     smaller = nn.ModuleDict({"layers": nn.ModuleList([model.layers[0]])})
     with pytest.raises(ValueError, match=r"the model lacks layers\.1\."):
         load_checkpoint(f"{folder}/one", smaller)
