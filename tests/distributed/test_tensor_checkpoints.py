@@ -45,8 +45,8 @@ def spread_over(sizes):
     parallelize_module(model, over, {"layers.*.moe": style(balance_group=group)})
     if "dp" in sizes:
         for layer in model.layers:
-            # experts, or what is left of the intermediate size
-            by_part = (lambda p: Shard(max(p.dim() - 2, 0))) if "ep" in sizes else None
+            # by experts, or by the last dimension
+            by_part = (lambda p: Shard(p.dim() - 1)) if "ep" in sizes else None
             fully_shard(layer.moe.experts, mesh=mesh["dp"], shard_placement_fn=by_part)
             fully_shard(layer, mesh=tokens)
         fully_shard(model, mesh=tokens)
