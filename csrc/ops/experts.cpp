@@ -1,8 +1,5 @@
 #include "experts.h"
 
-#include <ATen/ops/empty.h>
-#include <torch/library.h>
-
 #include "checking.h"
 #include "typed_call.h"
 
@@ -170,18 +167,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
     std::string_view activation, double activation_alpha, double activation_limit, bool interleaved,
     bool weight_on_input, std::array<bool, 6> output_mask, const OptionalTensor& gate_up_main_grad,
     const OptionalTensor& down_main_grad) {
-  check_main_grads(gate_up_proj, down_proj, gate_up_main_grad, down_main_grad);
-  auto result = experts_backward(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index,
-                                 token_slot, expert_offsets, gate_up_bias, down_bias, pre_activation, activation,
-                                 activation_alpha, activation_limit, interleaved, weight_on_input, output_mask);
-  const auto add = [](bool wanted, const OptionalTensor& main_grad, Tensor& grad) {
-    if (!has(main_grad)) return;
-    if (wanted) main_grad->add_(grad);
-    grad = at::empty({0}, grad.options());
-  };
-  add(output_mask[1], gate_up_main_grad, std::get<1>(result));
-  add(output_mask[2], down_main_grad, std::get<2>(result));
-  return result;
+  return FASTMOE_OP(experts_backward_accumulate)
+      .call(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index, token_slot, expert_offsets,
+            gate_up_bias, down_bias, pre_activation, activation, activation_alpha, activation_limit, interleaved,
+            weight_on_input, output_mask, gate_up_main_grad, down_main_grad);
 }
 
 Tensor grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,
@@ -196,8 +185,3 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward(const Tensor& grad_ou
 }
 
 }  // namespace fastmoe_cpp
-
-// Where a device has no kernel that adds to the buffer itself.
-TORCH_LIBRARY_IMPL(fastmoe_cpp, CompositeExplicitAutograd, m) {
-  m.impl("experts_backward_accumulate", fastmoe_cpp::experts_backward_accumulate);
-}

@@ -123,11 +123,15 @@ def test_the_sum_is_float32s(dtype, device):
 
 def test_products_are_added_before_they_are_rounded():
     """On the CPU a buffer of zeros holds the sums that the gradient is rounded from."""
-    fused, plain = pair("mixtral", "cpu", torch.bfloat16)
-    (x,) = batches("cpu", torch.bfloat16, 1)
+    holds_what_is_rounded("mixtral", "cpu", torch.bfloat16, tokens=37)
+
+
+def holds_what_is_rounded(case, device, dtype, tokens):
+    fused, plain = pair(case, device, dtype)
+    x = torch.randn(tokens, fused.config.hidden_size, device=device, dtype=dtype)
     train(fused, [x]), train(plain, [x])
     for mine, theirs in zip(weights(fused).values(), weights(plain).values(), strict=True):
-        assert torch.equal(mine.main_grad.to(torch.bfloat16), theirs.grad)
+        assert torch.equal(mine.main_grad.to(dtype), theirs.grad)
         assert not torch.equal(mine.main_grad, theirs.grad.float())
 
 
@@ -277,6 +281,19 @@ def test_expert_parallelism_is_refused():
             parallelize_module(pair("mixtral")[0], mesh, ExpertParallel())
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [5, 386])
+def test_hopper_kernels_add_before_they_round(tokens, dtype):
+    """Sizes that no tile divides, experts without tokens, rows of gate and up that alternate, weights on the input."""
+    holds_what_is_rounded(MoEConfig(136, 72, 16, top_k=2), "cuda", dtype, tokens)
+    holds_what_is_rounded(MoEConfig(520, 264, 4, top_k=1, activation="relu"), "cuda", dtype, tokens)
+    holds_what_is_rounded(MoEConfig(264, 200, 8, interleaved=True, weight_on_input=True), "cuda", dtype, tokens)
 
 
 @pytest.mark.cuda

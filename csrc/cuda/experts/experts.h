@@ -72,8 +72,10 @@ struct InputGradParams {
 struct WeightGradParams {
   ExpertShape shape;
   Plan plan;
-  const void *left, *right;  // gate_up: grad_pre [P, up_rows], x [T, H]; down: grad_output [T, H], scaled_act [P, I]
-  void *grad, *grad_bias;    // gate_up: [E, up_rows, H], [E, up_rows]; down: [E, H, I], [E, H]; null where not wanted
+  const void *left, *right;    // gate_up: grad_pre [P, up_rows], x [T, H]; down: grad_output [T, H], scaled_act [P, I]
+  void *grad, *grad_bias;      // gate_up: [E, up_rows, H], [E, up_rows]; down: [E, H, I], [E, H]; null where not wanted
+  bool adds = false;           // sm90: grad is float32, and the gradient is added to it (before any rounding)
+  int32_t* claimed = nullptr;  // sm90: a counter, at first 0, for this launch alone; needed with grad
 };
 
 #define FASTMOE_EXPERT_LAUNCHES                                           \

@@ -28,6 +28,7 @@ struct Launches {
   cudaError_t (*input_grad)(const InputGradParams&, cudaStream_t);
   cudaError_t (*gate_up_weight_grad)(const WeightGradParams&, cudaStream_t);
   cudaError_t (*down_weight_grad)(const WeightGradParams&, cudaStream_t);
+  bool hopper;  // takes WeightGradParams::adds, needs its counter
 };
 
 const Launches kPortable{
@@ -37,7 +38,8 @@ const Launches kPortable{
     portable::act_grad,
     portable::input_grad,
     portable::gate_up_weight_grad,
-    portable::down_weight_grad};
+    portable::down_weight_grad,
+    false};
 #ifdef FASTMOE_SM90
 const Launches kHopper{sm90::up,
                        sm90::down,
@@ -45,7 +47,8 @@ const Launches kHopper{sm90::up,
                        sm90::act_grad,
                        sm90::input_grad,
                        sm90::gate_up_weight_grad,
-                       sm90::down_weight_grad};
+                       sm90::down_weight_grad,
+                       true};
 #endif
 
 std::string_view wished_path() {
@@ -160,12 +163,34 @@ std::tuple<Tensor, Tensor> experts_forward_op(const Tensor& hidden_states, const
   return {out, pre};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_op(
+// Where a projection's gradient goes: a tensor of its own, or added to a float32 buffer, by the kernel or, where that
+// cannot, from a tensor of its own.
+struct WeightGrad {
+  Tensor grad, buffer;  // buffer: undefined where grad is what is wanted
+  bool wanted, adds;
+
+  WeightGrad(bool wanted, const Tensor& weight, const OptionalTensor& main_grad, bool can_add)
+      : buffer(wanted && has(main_grad) ? *main_grad : Tensor()), wanted(wanted) {
+    // The kernel reads and writes two floats at a time.
+    adds = can_add && buffer.defined() && reinterpret_cast<uintptr_t>(buffer.const_data_ptr()) % 8 == 0;
+    grad = wanted && !adds ? at::empty(weight.sizes(), weight.options()) : at::empty({0}, weight.options());
+  }
+  void* pointer() const { return !wanted ? nullptr : adds ? buffer.mutable_data_ptr() : grad.mutable_data_ptr(); }
+  Tensor result() const {
+    if (!buffer.defined()) return grad;
+    if (!adds) buffer.add_(grad);
+    return at::empty({0}, grad.options());
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accumulate_op(
     const Tensor& grad_output, const Tensor& hidden_states, const Tensor& gate_up_proj, const Tensor& down_proj,
     const Tensor& topk_weights, const Tensor& slot_index, const Tensor& token_slot, const Tensor& expert_offsets,
     const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const OptionalTensor& pre_activation,
     std::string_view activation, double activation_alpha, double activation_limit, bool interleaved,
-    bool weight_on_input, std::array<bool, 6> output_mask) {
+    bool weight_on_input, std::array<bool, 6> output_mask, const OptionalTensor& gate_up_main_grad,
+    const OptionalTensor& down_main_grad) {
+  check_main_grads(gate_up_proj, down_proj, gate_up_main_grad, down_main_grad);
   check_experts_backward(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index, token_slot,
                          expert_offsets, gate_up_bias, down_bias, pre_activation, activation);
   const c10::cuda::CUDAGuard guard(hidden_states.device());
@@ -183,20 +208,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_op(
   const auto options = hidden_states.options();
   const int64_t experts = o.shape.experts, up_rows = o.shape.up_rows();
   Tensor grad_hidden = grad_like(want_hidden, o.hidden.sizes(), options);
-  Tensor grad_gate_up = grad_like(want_gate_up, o.gate_up.sizes(), options);
-  Tensor grad_down = grad_like(want_down, o.down.sizes(), options);
+  WeightGrad grad_gate_up(want_gate_up, o.gate_up, gate_up_main_grad, run.hopper);
+  WeightGrad grad_down(want_down, o.down, down_main_grad, run.hopper);
   Tensor grad_weights = grad_like(want_weights, o.weights.sizes(), o.weights.options());
   Tensor grad_gate_up_bias = grad_like(want_gate_up_bias, {experts, up_rows}, options);
   Tensor grad_down_bias = grad_like(want_down_bias, {experts, o.shape.hidden}, options);
   const auto result = [&] {
-    return std::make_tuple(grad_hidden, grad_gate_up, grad_down, grad_weights, grad_gate_up_bias, grad_down_bias);
+    return std::make_tuple(grad_hidden, grad_gate_up.result(), grad_down.result(), grad_weights, grad_gate_up_bias,
+                           grad_down_bias);
   };
   if (o.shape.slots() == 0 || o.shape.hidden == 0 || o.shape.intermediate == 0) {
-    for (Tensor* t : {&grad_hidden, &grad_gate_up, &grad_down, &grad_weights, &grad_gate_up_bias, &grad_down_bias}) {
+    for (Tensor* t :
+         {&grad_hidden, &grad_gate_up.grad, &grad_down.grad, &grad_weights, &grad_gate_up_bias, &grad_down_bias}) {
       t->zero_();
     }
     if (o.shape.slots() == 0 || o.shape.hidden == 0) return result();
   }
+  const Tensor claimed = at::zeros({run.hopper && (want_gate_up || want_down) ? 2 : 0}, options.dtype(at::kInt));
+  const auto counter = [&](int i) { return claimed.numel() == 0 ? nullptr : claimed.mutable_data_ptr<int32_t>() + i; };
   const auto pointer = [](bool wanted, const Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; };
 
   if (!pre.defined()) {
@@ -232,9 +261,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_op(
                                     stream));
     }
     if (want_down || want_down_bias) {
-      C10_CUDA_CHECK(run.down_weight_grad({o.shape, o.plan, g.const_data_ptr(), data_or_null(scaled_act),
-                                           pointer(want_down, grad_down), pointer(want_down_bias, grad_down_bias)},
-                                          stream));
+      C10_CUDA_CHECK(
+          run.down_weight_grad({o.shape, o.plan, g.const_data_ptr(), data_or_null(scaled_act), grad_down.pointer(),
+                                pointer(want_down_bias, grad_down_bias), grad_down.adds, counter(0)},
+                               stream));
     }
   }
   if (want_rows) {
@@ -260,12 +290,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_op(
     }
   }
   if (want_gate_up || want_gate_up_bias) {
-    C10_CUDA_CHECK(
-        run.gate_up_weight_grad({o.shape, o.plan, grad_pre.const_data_ptr(), o.hidden.const_data_ptr(),
-                                 pointer(want_gate_up, grad_gate_up), pointer(want_gate_up_bias, grad_gate_up_bias)},
-                                stream));
+    C10_CUDA_CHECK(run.gate_up_weight_grad(
+        {o.shape, o.plan, grad_pre.const_data_ptr(), o.hidden.const_data_ptr(), grad_gate_up.pointer(),
+         pointer(want_gate_up_bias, grad_gate_up_bias), grad_gate_up.adds, counter(1)},
+        stream));
   }
   return result();
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_op(
+    const Tensor& grad_output, const Tensor& hidden_states, const Tensor& gate_up_proj, const Tensor& down_proj,
+    const Tensor& topk_weights, const Tensor& slot_index, const Tensor& token_slot, const Tensor& expert_offsets,
+    const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const OptionalTensor& pre_activation,
+    std::string_view activation, double activation_alpha, double activation_limit, bool interleaved,
+    bool weight_on_input, std::array<bool, 6> output_mask) {
+  return experts_backward_accumulate_op(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index,
+                                        token_slot, expert_offsets, gate_up_bias, down_bias, pre_activation, activation,
+                                        activation_alpha, activation_limit, interleaved, weight_on_input, output_mask,
+                                        std::nullopt, std::nullopt);
 }
 
 portable::GroupedLinear describe(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets) {
@@ -324,6 +366,7 @@ std::tuple<Tensor, Tensor, Tensor> grouped_linear_backward_op(const Tensor& grad
 TORCH_LIBRARY_IMPL(fastmoe_cpp, CUDA, m) {
   m.impl("experts_forward", fastmoe_cpp::cuda::experts_forward_op);
   m.impl("experts_backward", fastmoe_cpp::cuda::experts_backward_op);
+  m.impl("experts_backward_accumulate", fastmoe_cpp::cuda::experts_backward_accumulate_op);
   m.impl("grouped_linear", fastmoe_cpp::cuda::grouped_linear_op);
   m.impl("grouped_linear_backward", fastmoe_cpp::cuda::grouped_linear_backward_op);
 }

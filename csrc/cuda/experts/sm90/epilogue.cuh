@@ -1,6 +1,10 @@
 // What happens to a tile's accumulators. A thread of a wgmma holds, in each block of 8 columns b, columns
 // 2q and 2q + 1 (q = lane % 4) of rows lane / 4 and lane / 4 + 8: accumulators 4b + 2h + {0, 1} for row half h.
 // Four blocks are transposed within each quad of lanes, so that a lane holds 8 consecutive columns: 16-byte accesses.
+//
+// Where kHolds, the accumulators are rounded and packed into half of their registers, and stored under the main loop of
+// the block's next tile, a step in each block of its contraction: pack(), then step<0>() to step<kSteps - 1>(). Word
+// 2b + h of the packed tile holds columns 2q and 2q + 1 of block b, row half h.
 #pragma once
 #include "../../../activation.h"
 #include "gemm.cuh"
@@ -106,7 +110,31 @@ __device__ __forceinline__ int row_of(int first_row, int h) {
   return first_row + ((threadIdx.x >> 5) & 3) * 16 + ((threadIdx.x & 31) >> 2) + 8 * h;
 }
 
-// Packs 32 columns of one row half and stores them; `row` points to the group's first column.
+template <class G>
+__device__ __forceinline__ void pack_tile(const float (&accumulators)[G::kN / 2], Packed<G>& words) {
+#pragma unroll
+  for (int i = 0; i < G::kN / 4; ++i) words[i] = pack<typename G::T>(accumulators[2 * i], accumulators[2 * i + 1]);
+}
+
+// Stores 32 columns of one row half, a word of each of four blocks; `row` points to the first.
+template <typename T>
+__device__ __forceinline__ void store_group(uint32_t (&v)[4], T* row, int column, int columns, bool valid) {
+  transpose_quad(v);
+  const int quad = threadIdx.x & 3;
+  if (valid && column + quad * 8 < columns) store_16(row + quad * 8, v);
+}
+
+// The same from blocks `block` to block + 3 of a packed tile.
+template <typename T, int kCount>
+__device__ __forceinline__ void store_group(const uint32_t (&words)[kCount], int block, int h, T* row, int column,
+                                            int columns, bool valid) {
+  uint32_t v[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] = words[2 * (block + i) + h];
+  store_group(v, row, column, columns, valid);
+}
+
+// The same from accumulators.
 template <typename T, int kCount>
 __device__ __forceinline__ void store_group(const float (&accumulators)[kCount], int block, int h, T* row, int column,
                                             int columns, bool valid) {
@@ -115,9 +143,7 @@ __device__ __forceinline__ void store_group(const float (&accumulators)[kCount],
   for (int i = 0; i < 4; ++i) {
     v[i] = pack<T>(accumulators[4 * (block + i) + 2 * h], accumulators[4 * (block + i) + 2 * h + 1]);
   }
-  transpose_quad(v);
-  const int quad = threadIdx.x & 3;
-  if (valid && column + quad * 8 < columns) store_16(row + quad * 8, v);
+  store_group(v, row, column, columns, valid);
 }
 
 // What an epilogue fetches before the main loop.
@@ -125,43 +151,45 @@ struct Nothing {};
 
 // rows[s] = accumulators (+ bias[e])
 struct RowsEpilogue {
+  static constexpr bool kHolds = true;
   static constexpr int kInputHalves = 0;
+  template <class G>
+  static constexpr int kSteps = G::kN / 64;
   struct Params {
     void* out;         // [P, columns]
     const void* bias;  // [E, columns] or null
     int columns;
   };
 
-  using Ahead = Nothing;
   template <class G>
-  __device__ static Ahead fetch(const Arguments<G>&, const Tile&, int) {
-    return {};
-  }
-
-  template <class G>
-  __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
-                               float (&accumulators)[G::kN / 2], const Ahead& ahead, const Ring& ring,
-                               Position<G::kStages>& position) {
+  __device__ static void pack(const Arguments<G>& args, const Tile& tile, int, float (&accumulators)[G::kN / 2],
+                              Packed<G>& words) {
     using T = typename G::T;
     const Params& params = args.epilogue;
-    const int column = tile.n * G::kN, quad = threadIdx.x & 3;
     if (params.bias != nullptr) {
       const T* const bias = static_cast<const T*>(params.bias) + static_cast<int64_t>(tile.expert) * params.columns;
 #pragma unroll
       for (int b = 0; b < G::kN / 8; ++b) {
-        const int c = column + 8 * b + 2 * quad;
+        const int c = tile.n * G::kN + 8 * b + 2 * (threadIdx.x & 3);
         const float2 add = c < params.columns ? unpack<T>(*reinterpret_cast<const uint32_t*>(bias + c)) : float2{0, 0};
         accumulators[4 * b] += add.x, accumulators[4 * b + 1] += add.y;
         accumulators[4 * b + 2] += add.x, accumulators[4 * b + 3] += add.y;
       }
     }
+    pack_tile<G>(accumulators, words);
+  }
+
+  template <class G, int kStep>
+  __device__ static void step(const Arguments<G>& args, const Tile& tile, int first_row, const Packed<G>& words) {
+    using T = typename G::T;
+    const int columns = args.epilogue.columns;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = row_of(first_row, h);
-      T* const out = static_cast<T*>(params.out) + static_cast<int64_t>(tile.first + row) * params.columns + column;
+      const int row = row_of(first_row, h), column = tile.n * G::kN + kStep * 64;
+      T* const out = static_cast<T*>(args.epilogue.out) + static_cast<int64_t>(tile.first + row) * columns + column;
 #pragma unroll
-      for (int b = 0; b < G::kN / 8; b += 4) {
-        store_group<T>(accumulators, b, h, out + b * 8, column + b * 8, params.columns, row < tile.rows);
+      for (int b = 0; b < 8; b += 4) {
+        store_group(words, kStep * 8 + b, h, out + b * 8, column + b * 8, columns, row < tile.rows);
       }
     }
   }
@@ -170,6 +198,7 @@ struct RowsEpilogue {
 // pre_activation[s] = accumulators * scale(s) + bias[e]; act[s] = f(pre_activation[s]) of the unrounded pre-activation.
 template <bool kGated, bool kSwiGLU>
 struct UpEpilogue {
+  static constexpr bool kHolds = false;
   static constexpr int kInputHalves = 0;
   struct Params {
     void *pre_activation, *act;  // [P, up_rows] or null, [P, I] or null
@@ -194,27 +223,35 @@ struct UpEpilogue {
     const Params& params = args.epilogue;
     if (params.scale != nullptr) scale_rows<G>(args, tile, first_row, accumulators);
     if (params.bias != nullptr) add_bias<G>(args, tile, accumulators);
-    with_activation<kGated, kSwiGLU>(params.activation, [&](auto tag) {
-      constexpr Activation kActivation = decltype(tag)::value;
-      using T = typename G::T;
-      constexpr int kColumns = kGated ? G::kN / 2 : G::kN;
-      const int column = tile.n * kColumns, quad = threadIdx.x & 3, intermediate = params.intermediate;
+    using T = typename G::T;
+    constexpr int kColumns = kGated ? G::kN / 2 : G::kN;
+    const int column = tile.n * kColumns, intermediate = params.intermediate;
+    if (params.pre_activation != nullptr) {
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
         const int row = row_of(first_row, h);
-        const int64_t slot = tile.first + row;
-        T* const pre = static_cast<T*>(params.pre_activation) + slot * intermediate * (kGated ? 2 : 1) + column;
-        T* const act = static_cast<T*>(params.act) + slot * intermediate + column;
+        T* const pre = static_cast<T*>(params.pre_activation) +
+                       static_cast<int64_t>(tile.first + row) * intermediate * (kGated ? 2 : 1) + column;
 #pragma unroll
         for (int b = 0; b < kColumns / 8; b += 4) {
           const int c = column + b * 8;
-          if (params.pre_activation != nullptr) {
-            store_group<T>(accumulators, b, h, pre + b * 8, c, intermediate, row < tile.rows);
-            if constexpr (kGated) {
-              store_group<T>(accumulators, b + kColumns / 8, h, pre + intermediate + b * 8, c, intermediate,
-                             row < tile.rows);
-            }
+          store_group<T>(accumulators, b, h, pre + b * 8, c, intermediate, row < tile.rows);
+          if constexpr (kGated) {
+            store_group<T>(accumulators, b + kColumns / 8, h, pre + intermediate + b * 8, c, intermediate,
+                           row < tile.rows);
           }
+        }
+      }
+    }
+    if (params.act == nullptr) return;
+    with_activation<kGated, kSwiGLU>(params.activation, [&](auto tag) {
+      constexpr Activation kActivation = decltype(tag)::value;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = row_of(first_row, h);
+        T* const act = static_cast<T*>(params.act) + static_cast<int64_t>(tile.first + row) * intermediate + column;
+#pragma unroll
+        for (int b = 0; b < kColumns / 8; b += 4) {
           uint32_t v[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -223,9 +260,7 @@ struct UpEpilogue {
                 value_of<kActivation>(accumulators[gate], accumulators[up], params.alpha, params.limit),
                 value_of<kActivation>(accumulators[gate + 1], accumulators[up + 1], params.alpha, params.limit));
           }
-          transpose_quad(v);
-          if (params.act != nullptr && row < tile.rows && c + quad * 8 < intermediate)
-            store_16(act + b * 8 + quad * 8, v);
+          store_group(v, act + b * 8, column + b * 8, intermediate, row < tile.rows);
         }
       }
     });
@@ -252,18 +287,23 @@ struct UpEpilogue {
     using T = typename G::T;
     const Params& params = args.epilogue;
     constexpr int kColumns = kGated ? G::kN / 2 : G::kN;
-    const T* const bias =
-        static_cast<const T*>(params.bias) + static_cast<int64_t>(tile.expert) * params.intermediate * (kGated ? 2 : 1);
+    const int intermediate = params.intermediate, stride = kGated && params.interleaved ? 2 : 1;
+    const T* const bias = static_cast<const T*>(params.bias) +
+                          static_cast<int64_t>(tile.expert) * intermediate * (kGated ? 2 : 1) +
+                          stride * (tile.n * kColumns + 2 * (threadIdx.x & 3));
+    const int to_up = stride == 2 ? 1 : intermediate, left = intermediate - tile.n * kColumns - 2 * (threadIdx.x & 3);
 #pragma unroll
-    for (int b = 0; b < G::kN / 8; ++b) {
+    for (int b = 0; b < kColumns / 8; ++b) {
+      if (b % 4 == 0) asm volatile("" ::: "memory");  // more loads at a time would spill
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int half = b / (kColumns / 8),
-                  c = tile.n * kColumns + 8 * (b % (kColumns / 8)) + 2 * (threadIdx.x & 3) + i;
-        const int index = kGated && params.interleaved ? 2 * c + half : half * params.intermediate + c;
-        const float add = c < params.intermediate ? static_cast<float>(bias[index]) : 0.0f;
-        accumulators[4 * b + i] += add;
-        accumulators[4 * b + 2 + i] += add;
+      for (int half = 0; half < (kGated ? 2 : 1); ++half) {
+        // I is even, and so are the columns
+        const T* const at = bias + stride * 8 * b + half * to_up;
+        const float2 add =
+            8 * b < left ? float2{static_cast<float>(at[0]), static_cast<float>(at[stride])} : float2{0, 0};
+        const int to = 4 * (b + half * kColumns / 8);
+        accumulators[to] += add.x, accumulators[to + 1] += add.y;
+        accumulators[to + 2] += add.x, accumulators[to + 3] += add.y;
       }
     }
   }
@@ -273,6 +313,7 @@ struct UpEpilogue {
 // f'(pre) * w * dA, w * A, and the tile's share of <dA, A>.
 template <bool kGated, bool kSwiGLU>
 struct ActGradEpilogue {
+  static constexpr bool kHolds = false;
   static constexpr int kInputHalves = kGated ? 2 : 1;
   struct Params {
     void *grad_pre, *scaled_act;  // [P, up_rows], [P, I]; or null
@@ -384,13 +425,22 @@ struct ActGradEpilogue {
   }
 };
 
-// grad[e] = accumulators; row m of the tile's columns is row `half * I + i` of a gate half then an up half.
+// grad[e] = accumulators; row m of the tile's columns is row `half * I + i` of a gate half then an up half. kAdds: grad is
+// float32, and the accumulators are added to it.
+template <bool kAdds>
 struct WeightGradEpilogue {
+  static constexpr bool kHolds = false;
   static constexpr int kInputHalves = 0;
   struct Params {
     void* grad;  // [E, rows, columns]
     int rows, columns;
     bool interleaved;  // rows alternate between the two halves
+
+    __device__ __forceinline__ int64_t row_at(int expert, int row) const {
+      const int half_rows = rows / 2;
+      const int out_row = !interleaved ? row : row < half_rows ? 2 * row : 2 * (row - half_rows) + 1;
+      return (static_cast<int64_t>(expert) * rows + out_row) * columns;
+    }
   };
 
   using Ahead = Nothing;
@@ -401,20 +451,46 @@ struct WeightGradEpilogue {
 
   template <class G>
   __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
-                               float (&accumulators)[G::kN / 2], const Ahead& ahead, const Ring& ring,
-                               Position<G::kStages>& position) {
-    using T = typename G::T;
+                               float (&accumulators)[G::kN / 2], const Ahead&, const Ring&, Position<G::kStages>&) {
     const Params& params = args.epilogue;
     const int column = tile.n * G::kN;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = tile.m * G::kM + row_of(first_row, h), half_rows = params.rows / 2;
-      const int out_row = !params.interleaved ? row : row < half_rows ? 2 * row : 2 * (row - half_rows) + 1;
-      T* const out = static_cast<T*>(params.grad) +
-                     (static_cast<int64_t>(tile.expert) * params.rows + out_row) * params.columns + column;
+      const int row = tile.m * G::kM + row_of(first_row, h);
+      const int64_t at = params.row_at(tile.expert, row) + column;
+      if constexpr (kAdds) {
+        if (tile.rows > 0 && row < params.rows)
+          add_row(accumulators, h, static_cast<float*>(params.grad) + at, params.columns - column);
+      } else {
+        using T = typename G::T;
+        T* const out = static_cast<T*>(params.grad) + at;
 #pragma unroll
-      for (int b = 0; b < G::kN / 8; b += 4) {
-        store_group<T>(accumulators, b, h, out + b * 8, column + b * 8, params.columns, row < params.rows);
+        for (int b = 0; b < G::kN / 8; b += 4) {
+          store_group<T>(accumulators, b, h, out + b * 8, column + b * 8, params.columns, row < params.rows);
+        }
+      }
+    }
+  }
+
+ private:
+  // A quad of lanes has a sector of 32 bytes of the row.
+  template <int kCount>
+  __device__ static void add_row(const float (&accumulators)[kCount], int h, float* out, int columns) {
+    const int first = 2 * (threadIdx.x & 3);
+#pragma unroll
+    for (int group = 0; group < kCount / 4; group += 8) {
+      float2 sums[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int c = (group + i) * 8 + first;
+        if (c < columns) sums[i] = *reinterpret_cast<const float2*>(out + c);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int c = (group + i) * 8 + first, from = 4 * (group + i) + 2 * h;
+        if (c < columns) {
+          *reinterpret_cast<float2*>(out + c) = {sums[i].x + accumulators[from], sums[i].y + accumulators[from + 1]};
+        }
       }
     }
   }

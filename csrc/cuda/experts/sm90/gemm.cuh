@@ -40,11 +40,34 @@ __device__ __forceinline__ void fix_slots(const Arguments<G>& args, const Tile& 
   ptx::named_barrier_sync(kTransformBarrier + group, 128);
 }
 
-// `hands_over`: the other warpgroup's main loop may start under this one's end.
-template <class G>
+// Step `step` of what is left of an earlier tile.
+template <class G, int kStep = 0>
+__device__ __forceinline__ void store_step(int step, const Arguments<G>& args, const Tile& tile, int first_row,
+                                           const Packed<G>& words) {
+  if constexpr (kStep < G::Epilogue::template kSteps<G>) {
+    if (step == kStep) {
+      G::Epilogue::template step<G, kStep>(args, tile, first_row, words);
+    } else {
+      store_step<G, kStep + 1>(step, args, tile, first_row, words);
+    }
+  }
+}
+
+template <class G, int kStep = 0>
+__device__ __forceinline__ void store_all(const Arguments<G>& args, const Tile& tile, int first_row,
+                                          const Packed<G>& words) {
+  if constexpr (kStep < G::Epilogue::template kSteps<G>) {
+    G::Epilogue::template step<G, kStep>(args, tile, first_row, words);
+    store_all<G, kStep + 1>(args, tile, first_row, words);
+  }
+}
+
+// `hands_over`: the other warpgroup's main loop may start under this one's end. between(k_block) runs while the tensor
+// cores work on that block.
+template <class G, class Between>
 __device__ __forceinline__ void multiply(float (&accumulators)[G::kN / 2], const Arguments<G>& args, const Tile& tile,
                                          int k_blocks, const Ring& ring, Position<G::kStages>& position, int group,
-                                         bool hands_over) {
+                                         bool hands_over, Between&& between) {
   constexpr int kTransposeA = is_mn_major(G::kA), kTransposeB = is_mn_major(G::kB);
   constexpr int kStepA = (kTransposeA ? 2048 : 32) >> 4, kStepB = (kTransposeB ? 2048 : 32) >> 4;
   const uint32_t a_offset = G::kCooperative ? group * kBoxBytes : 0;
@@ -71,10 +94,14 @@ __device__ __forceinline__ void multiply(float (&accumulators)[G::kN / 2], const
     ptx::fence_registers(accumulators);
     ptx::wgmma_wait<1>();
     if (k_block > 0) release<G>(ring, previous);
+    between(k_block);
     previous = stage;
     position.advance();
   }
   if (hands_over) ptx::named_barrier_arrive(kOrderBarrier + (group ^ 1), 256);
+  ptx::wgmma_wait<0>();
+  ptx::fence_registers(accumulators);
+  if (k_blocks > 0) release<G>(ring, previous);
 }
 
 template <class G>
@@ -83,17 +110,21 @@ __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule
   static_assert(G::kCooperative || (!G::kWeightGrad && G::Epilogue::kInputHalves == 0));
   Position<G::kStages> position;
   float accumulators[G::kN / 2];
-  int turn = 0;
-  for (int index = first_index<G>(); index < schedule.total(args.experts); index += index_step<G>(), ++turn) {
-    if (!G::kCooperative && (turn & 1) != group) {
+  const int first_row = G::kCooperative ? group * 64 : 0;  // of this warpgroup in its tiles
+  constexpr bool kPacks = G::Epilogue::kHolds, kHolds = G::kHolds;
+  // What is kept of a tile that is not stored yet.
+  std::conditional_t<kPacks, Packed<G>, int> words;
+  Tile held;
+  bool holds = false;
+  for (Walk<G> walk; walk.index < schedule.total(args.experts); walk.next(schedule, ring)) {
+    if (!G::kCooperative && (walk.turn & 1) != group) {
       position.skip(k_blocks_of(args, Tile{}));
       continue;
     }
-    const Tile tile = find_tile(args, schedule, index);
+    const Tile tile = find_tile(args, schedule, walk.index);
     const int k_blocks = k_blocks_of(args, tile);
-    const int first_row = G::kCooperative ? group * 64 : 0;  // of this warpgroup in the tile
     // A warpgroup may wait for a stage only when every earlier phase of it has passed: parity tells just two apart.
-    if (!G::kCooperative && turn > 0) ptx::named_barrier_sync(kOrderBarrier + group, 256);
+    if (!G::kCooperative && walk.turn > 0) ptx::named_barrier_sync(kOrderBarrier + group, 256);
     if (G::kWeightGrad && k_blocks == 0) {
 #pragma unroll
       for (int i = 0; i < G::kN / 2; ++i) accumulators[i] = 0;
@@ -109,13 +140,27 @@ __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule
       }
       continue;
     }
-    const bool hands_over = !G::kCooperative && index + index_step<G>() < schedule.total(args.experts);
-    const typename G::Epilogue::Ahead ahead = G::Epilogue::template fetch<G>(args, tile, first_row);
-    multiply<G>(accumulators, args, tile, k_blocks, ring, position, group, hands_over);
-    ptx::wgmma_wait<0>();
-    ptx::fence_registers(accumulators);
-    if (k_blocks > 0) release<G>(ring, position.stage == 0 ? G::kStages - 1 : position.stage - 1);
-    G::Epilogue::template store<G>(args, tile, first_row, accumulators, ahead, ring, position);
+    const bool hands_over = !G::kCooperative && walk.index + Walk<G>::step() < schedule.total(args.experts);
+    if constexpr (kPacks) {
+      if (kHolds && holds && k_blocks < G::Epilogue::template kSteps<G>) {
+        store_all<G>(args, held, first_row, words);
+        holds = false;
+      }
+      multiply<G>(accumulators, args, tile, k_blocks, ring, position, group, hands_over, [&](int k_block) {
+        if (kHolds && holds) store_step<G>(k_block, args, held, first_row, words);
+      });
+      G::Epilogue::template pack<G>(args, tile, first_row, accumulators, words);
+      held = tile;
+      holds = true;
+      if (!kHolds) store_all<G>(args, held, first_row, words);
+    } else {
+      const auto ahead = G::Epilogue::template fetch<G>(args, tile, first_row);
+      multiply<G>(accumulators, args, tile, k_blocks, ring, position, group, hands_over, [](int) {});
+      G::Epilogue::template store<G>(args, tile, first_row, accumulators, ahead, ring, position);
+    }
+  }
+  if constexpr (kHolds) {
+    if (holds) store_all<G>(args, held, first_row, words);
   }
 }
 
@@ -137,12 +182,18 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
       ptx::barrier_init(ring.landed + i * 8, G::kGatherThreads);
       ptx::barrier_init(ring.empty + i * 8, (G::kCooperative ? 8 : 4) * G::kCluster);
     }
+    if constexpr (G::kClaims) {
+      for (int i = 0; i < 2; ++i) {
+        ptx::barrier_init(Claim<G>(ring, i).full, 1);
+        ptx::barrier_init(Claim<G>(ring, i).empty, kThreads / 32 * G::kCluster);
+      }
+    }
     ptx::barrier_init_fence();
     if (!is_gathered(G::kA)) ptx::tma_prefetch_descriptor(&args.a_map);
     if (!is_gathered(G::kB)) ptx::tma_prefetch_descriptor(&args.b_map);
   }
   ptx::wait_for_previous_kernel();
-  const Schedule schedule = Schedule::build<G, kThreads>(reinterpret_cast<int*>(barriers + 3 * G::kStages),
+  const Schedule schedule = Schedule::build<G, kThreads>(reinterpret_cast<int*>(barriers + G::kBarriers),
                                                          args.expert_offsets, args.experts, args.m_tiles, args.n_tiles);
   ptx::launch_next_kernel();
   if constexpr (G::kCluster > 1) ptx::cluster_sync();  // every block's barriers are there

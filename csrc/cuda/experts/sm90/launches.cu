@@ -63,7 +63,7 @@ cudaError_t with_dtype(const ExpertShape& shape, Body&& body) {
 // Without slots every gradient is zero, and no kernel need write it.
 cudaError_t zero_weight_grad(const WeightGradParams& p, int64_t rows, int64_t columns, cudaStream_t stream) {
   const size_t bytes = static_cast<size_t>(p.shape.experts) * rows * 2;
-  if (p.grad != nullptr) FASTMOE_RETURN_IF_ERROR(cudaMemsetAsync(p.grad, 0, bytes * columns, stream));
+  if (p.grad != nullptr && !p.adds) FASTMOE_RETURN_IF_ERROR(cudaMemsetAsync(p.grad, 0, bytes * columns, stream));
   return p.grad_bias == nullptr ? cudaSuccess : cudaMemsetAsync(p.grad_bias, 0, bytes, stream);
 }
 

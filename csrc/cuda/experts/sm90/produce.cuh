@@ -77,33 +77,40 @@ __device__ __forceinline__ void load_input(const Arguments<G>& args, const Tile&
 // Producers are bound by their own instructions: pointers are kept across stages, and full tiles take a path without
 // predicates.
 
+// Between waiting for a stage and its last copy stand the copies alone: what comes before is prepared, what comes after
+// advanced.
+
 // Gathers rows of A. Rows past the tile reach only output rows that nobody stores; the contraction's tail is zeros.
 template <class G>
 struct RowGather {
   using T = typename G::T;
   static constexpr int kRows = G::kM / G::kRowsACopy;
-  int pairs[kRows];         // of the tile to come, fetched while the present one runs
+  static constexpr int kLoads = kRows / 8;
+  static_assert(G::kRowsACopy == 8);
+  // Of the tile to come, fetched while the present one runs: a warp's rows are 8 i + r + 4 warp, r < 4, of which lane l
+  // looks up those with 4 i + r = l and l + 32, for all lanes.
+  int pairs[kLoads];
   uint32_t offsets[kRows];  // in units of 8 elements
-  uint32_t rows_inside;
-  const uint4* base;  // moves along the contraction
+  const uint4* base;        // moves along the contraction
 
   __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) {
-    const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3;
+    const int lane = threadIdx.x & 31, row = (lane >> 2) * 8 + (lane & 3) + ((threadIdx.x >> 5) & 1) * 4;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      pairs[i] = row + G::kRowsACopy * i < tile.rows ? args.slot_index[tile.first + row + G::kRowsACopy * i] : -1;
-    }
+    for (int i = 0; i < kLoads; ++i)
+      pairs[i] = row + 64 * i < tile.rows ? args.slot_index[tile.first + row + 64 * i] : 0;
   }
   __device__ __forceinline__ void begin(const Arguments<G>& args) {
     base = static_cast<const uint4*>(args.gathered) + (threadIdx.x & 7);
-    rows_inside = 0;
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      offsets[i] =
-          static_cast<uint32_t>(args.token_of(max(pairs[i], 0))) * static_cast<uint32_t>(args.gathered_columns >> 3);
-      rows_inside |= static_cast<uint32_t>(pairs[i] >= 0) << i;
+    for (int i = 0; i < kLoads; ++i) {
+      const uint32_t offset =
+          static_cast<uint32_t>(args.token_of(pairs[i])) * static_cast<uint32_t>(args.gathered_columns >> 3);
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        offsets[8 * i + j] = __shfl_sync(0xFFFFFFFF, offset, 4 * j + ((threadIdx.x >> 3) & 3));
     }
   }
+  __device__ __forceinline__ void prepare(const Arguments<G>&, const Tile&, int) {}
   __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t) {
     const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
     const uint32_t destination = a + row * 128 + ((chunk ^ (row & 7)) << 4);
@@ -114,14 +121,14 @@ struct RowGather {
       const bool inside = k_block * kBlockK + chunk * 8 < args.k_size;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
-        if (rows_inside >> i & 1) {
+        if (row + G::kRowsACopy * i < tile.rows) {
           ptx::copy_async_16(destination + i * G::kRowsACopy * 128,
                              inside ? base + offsets[i] : static_cast<const uint4*>(args.gathered), inside);
         }
       }
     }
-    base += kBlockK / 8;
   }
+  __device__ __forceinline__ void advance() { base += kBlockK / 8; }
 };
 
 // Gathers the contraction's rows, MN-major: 64 slots, kColumns columns of their tokens. Slots past the expert's end are
@@ -131,31 +138,40 @@ struct ColumnGather {
   using T = typename G::T;
   static constexpr int kColumns = G::kA == Load::gathered_columns ? G::kM : G::kN;
   static constexpr int kRows = kBlockK / G::kRowsACopy;
-  int pairs[kRows];  // of the k block to come
+  int ahead[kRows];         // pairs of the first k block of the tile to come
+  int pairs[kRows];         // of the k block after the one to come
+  const T* sources[kRows];  // of the k block to come
 
-  __device__ __forceinline__ void fetch_block(const Arguments<G>& args, const Tile& tile, int k_block) {
+  __device__ __forceinline__ void fetch_block(const Arguments<G>& args, const Tile& tile, int k_block,
+                                              int (&to)[kRows]) {
     const int slot = k_block * kBlockK + ((threadIdx.x & (G::kGatherThreads - 1)) >> 3);
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
-      pairs[i] = slot + G::kRowsACopy * i < tile.rows ? args.slot_index[tile.first + slot + G::kRowsACopy * i] : -1;
+      to[i] = slot + G::kRowsACopy * i < tile.rows ? args.slot_index[tile.first + slot + G::kRowsACopy * i] : -1;
   }
-  __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) { fetch_block(args, tile, 0); }
-  __device__ __forceinline__ void begin(const Arguments<G>&) {}
+  __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) {
+    fetch_block(args, tile, 0, ahead);
+  }
+  __device__ __forceinline__ void begin(const Arguments<G>&) {
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) pairs[i] = ahead[i];
+  }
+  // Before the wait for the stage: looking up its slots takes as long as its copies.
+  __device__ __forceinline__ void prepare(const Arguments<G>& args, const Tile& tile, int k_block) {
+    const int column = (G::kA == Load::gathered_columns ? tile.m : tile.n) * kColumns + (threadIdx.x & 7) * 8;
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) {
+      sources[i] = static_cast<const T*>(args.gathered) + column +
+                   static_cast<int64_t>(args.token_of(max(pairs[i], 0))) * args.gathered_columns;
+    }
+    fetch_block(args, tile, k_block + 1, pairs);
+  }
   __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a,
                                         uint32_t b) {
     const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
     const int first_column = (G::kA == Load::gathered_columns ? tile.m : tile.n) * kColumns,
               column = first_column + chunk * 8;
     const uint32_t destination = (G::kA == Load::gathered_columns ? a : b) + row * 128 + ((chunk ^ (row & 7)) << 4);
-    const T* sources[kRows];
-    bool valid[kRows];
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      sources[i] = static_cast<const T*>(args.gathered) + column +
-                   static_cast<int64_t>(args.token_of(max(pairs[i], 0))) * args.gathered_columns;
-      valid[i] = pairs[i] >= 0;
-    }
-    fetch_block(args, tile, k_block + 1);
     if ((k_block + 1) * kBlockK <= tile.rows && first_column + kColumns <= args.gathered_columns) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
@@ -169,21 +185,23 @@ struct ColumnGather {
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int box = 0; box < kColumns / 64; ++box) {
-          const bool inside = valid[i] && column + box * 64 < args.gathered_columns;
+          const bool inside =
+              k_block * kBlockK + row + G::kRowsACopy * i < tile.rows && column + box * 64 < args.gathered_columns;
           ptx::copy_async_16(destination + i * G::kRowsACopy * 128 + box * kBoxBytes,
                              inside ? sources[i] + box * 64 : static_cast<const T*>(args.gathered), inside);
         }
       }
     }
   }
+  __device__ __forceinline__ void advance() {}
 };
 
 // One warp: everything that comes by TMA.
 template <class G>
 __device__ __forceinline__ void load_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   Position<G::kStages> position;
-  for (int index = first_index<G>(); index < schedule.total(args.experts); index += index_step<G>()) {
-    const Tile tile = find_tile(args, schedule, index);
+  for (Walk<G> walk; walk.index < schedule.total(args.experts); walk.next(schedule, ring)) {
+    const Tile tile = find_tile(args, schedule, walk.index);
     const int k_blocks = k_blocks_of(args, tile), blocks = k_blocks + input_blocks_of(args, tile);
     if ((threadIdx.x & 31) == 0) {
       for (int block = 0; block < blocks; ++block) {
@@ -206,18 +224,37 @@ template <class G>
 __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   std::conditional_t<is_mn_major(G::kA), ColumnGather<G>, RowGather<G>> gather;
   Position<G::kStages> position;
-  int index = first_index<G>();
-  if (index >= schedule.total(args.experts)) return;
-  Tile tile = find_tile(args, schedule, index);
+  Walk<G> walk;
+  if (walk.index >= schedule.total(args.experts)) return;
+  Tile tile = find_tile(args, schedule, walk.index);
   gather.fetch(args, tile);
   while (true) {
-    const int k_blocks = k_blocks_of(args, tile), next_index = index + index_step<G>();
-    const bool more = next_index < schedule.total(args.experts);
+    const int k_blocks = k_blocks_of(args, tile);
     gather.begin(args);
-    const Tile next = more ? find_tile(args, schedule, next_index) : tile;
-    if (G::kA == Load::gathered_rows && more) gather.fetch(args, next);
-    for (int k_block = 0; k_block < k_blocks; ++k_block) {
+    Tile next;
+    bool more;
+    int answer = 0;
+    const bool claims = G::kClaims && schedule.uneven, expects = claims && (threadIdx.x & 127) == 0;
+    const bool asks = expects && (G::kCluster == 1 || ptx::cluster_rank() == 0);
+    const auto look_ahead = [&] {
+      if (asks) walk.tell(ring, answer);
+      __syncwarp();
+      walk.next(schedule, ring);
+      more = walk.index < schedule.total(args.experts);
+      if (more) {
+        next = find_tile(args, schedule, walk.index);
+        gather.fetch(args, next);
+      }
+    };
+    constexpr int kAnswered = 2;  // the block of the contraction by which a claim has come back
+    if (expects) walk.expect(ring);
+    if (asks) answer = walk.ask(args);
+    const int looks = claims ? min(kAnswered, k_blocks) : 0;
+    for (int k_block = 0;; ++k_block) {
+      if (k_block == looks) look_ahead();
+      if (k_block == k_blocks) break;
       const uint32_t a = ring.stages + position.stage * G::kStageBytes;
+      gather.prepare(args, tile, k_block);
       ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
       if constexpr (!G::kPublishes) {
         if ((threadIdx.x & 127) == 0)
@@ -226,6 +263,7 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
       }
       gather.issue(args, tile, k_block, a, a + G::kABytes);
       ptx::copy_async_arrive((G::kPublishes ? ring.landed : ring.full) + position.stage * 8);
+      gather.advance();
       position.advance();
     }
     const int input_blocks = input_blocks_of(args, tile);
@@ -236,8 +274,6 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
     }
     if (!more) return;
     tile = next;
-    index = next_index;
-    if (G::kA != Load::gathered_rows) gather.fetch(args, tile);
   }
 }
 
@@ -248,8 +284,8 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
 template <class G>
 __device__ __forceinline__ void publish_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   Position<G::kStages> position;
-  for (int index = first_index<G>(); index < schedule.total(args.experts); index += index_step<G>()) {
-    const Tile tile = find_tile(args, schedule, index);
+  for (Walk<G> walk; walk.index < schedule.total(args.experts); walk.next(schedule, ring)) {
+    const Tile tile = find_tile(args, schedule, walk.index);
     const int blocks = k_blocks_of(args, tile) + input_blocks_of(args, tile);
     if ((threadIdx.x & 31) == 0) {
       for (int block = 0; block < blocks; ++block) {

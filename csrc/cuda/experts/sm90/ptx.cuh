@@ -147,6 +147,17 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
+// Writes a word to the same place of a block of the cluster, whose barrier counts its four bytes.
+__device__ __forceinline__ void send_word(uint32_t address, int value, uint32_t barrier, uint32_t rank) {
+  asm volatile(
+      "{\n.reg .b32 there, remote;\n"
+      "mapa.shared::cluster.u32 there, %0, %3;\n"
+      "mapa.shared::cluster.u32 remote, %2, %3;\n"
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [there], %1, [remote];\n}" ::"r"(address),
+      "r"(value), "r"(barrier), "r"(rank)
+      : "memory");
+}
+
 // By every thread of every block of the cluster that has not returned.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");

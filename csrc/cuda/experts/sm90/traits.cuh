@@ -49,11 +49,15 @@ struct Gemm {
   static constexpr bool kPublishes = kGathers && !kWeightGrad;
   static_assert(!kGathers || kPublishes || Epilogue::kInputHalves == 0);
   static constexpr int kGatherThreads = kPublishes ? 64 : 128, kRowsACopy = kGatherThreads / 8;
+  // By turns, one's stores are under the other's main loop anyway.
+  static constexpr bool kHolds = Epilogue::kHolds && kCooperative;
   // 504 for a thread of each warpgroup.
   static constexpr int kProducerRegisters = !kGathers ? 40 : kWeightGrad ? 56 : 88;
   static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
+  static constexpr bool kClaims = kWeightGrad;                       // tiles come from a counter
+  static constexpr int kBarriers = 3 * kStages + (kClaims ? 5 : 0);  // of 8 bytes, and two claims in the last of them
   static constexpr int shared_bytes(int experts) {
-    return 1024 + kStages * kStageBytes + 3 * kStages * 8 + Schedule::shared_bytes(experts);
+    return 1024 + kStages * kStageBytes + kBarriers * 8 + Schedule::shared_bytes(experts);
   }
 };
 
@@ -64,6 +68,7 @@ struct Arguments {
   const void* gathered;      // [T, gathered_columns]
   const int32_t *slot_index, *expert_offsets;
   const float* slot_scale;  // weight gradients: routing weight [T, K] that scales A's slots, or null
+  int* claimed;             // weight gradients: how many tiles have been claimed from the counter, at first 0
   int64_t gathered_columns;
   int experts;
   uint32_t token_multiplier;  // pair / top_k = pair * multiplier >> 32 + shift; 0: top_k is 1
@@ -78,11 +83,24 @@ struct Arguments {
   }
 };
 
+// A thread's accumulators, rounded, two in a word.
+template <class G>
+using Packed = uint32_t[G::kN / 4];
+
 // Shared-memory addresses: the stages, and a barrier of each kind for every stage. `landed` counts gathering threads
 // whose copies have been written; `empty` counts consumer warps of every block of the cluster, since each may be sent
 // the next stage by any.
 struct Ring {
   uint32_t stages, full, empty, landed;
+};
+
+// Behind them, where tiles are claimed: for each of two claims a barrier that it is there, one that all warps of the
+// cluster have read it (in the cluster's first block), and the claim.
+template <class G>
+struct Claim {
+  uint32_t full, empty, value;
+  __device__ __forceinline__ Claim(const Ring& ring, int i)
+      : full(ring.landed + G::kStages * 8 + 8 * i), empty(full + 16), value(full + 32 - 4 * i) {}
 };
 
 // A consumer warp has read the stage for the last time.
@@ -124,15 +142,41 @@ __device__ __forceinline__ Tile find_tile(const Arguments<G>& args, const Schedu
   return schedule.find<G>(index, experts, m_tiles, n_tiles);
 }
 
-// Every blocks-of-the-cluster'th index is this cluster's.
+// The tiles of this cluster, one after another: every gridDim'th, or the first so and then what it claims. Every warp
+// walks them all.
 template <class G>
-__device__ __forceinline__ int first_index() {
-  return blockIdx.x / G::kCluster;
-}
-template <class G>
-__device__ __forceinline__ int index_step() {
-  return gridDim.x / G::kCluster;
-}
+struct Walk {
+  int index = blockIdx.x / G::kCluster;
+  int turn = 0;
+
+  static __device__ __forceinline__ int step() { return gridDim.x / G::kCluster; }
+
+  // By whole warps.
+  __device__ __forceinline__ void next(const Schedule& schedule, const Ring& ring) {
+    if (G::kClaims && schedule.uneven) {
+      const Claim<G> claim(ring, turn & 1);
+      ptx::barrier_wait(claim.full, turn >> 1 & 1);
+      index = ptx::load_shared(claim.value);
+      __syncwarp();
+      if ((threadIdx.x & 31) == 0) ptx::barrier_arrive_in(claim.empty, 0);
+    } else {
+      index += step();
+    }
+    ++turn;
+  }
+
+  // For the tile after the present one, a thread of each block expects a claim; that of the first block asks the counter
+  // for it early, and tells the cluster late.
+  __device__ __forceinline__ void expect(const Ring& ring) const {
+    ptx::barrier_arrive_expect(Claim<G>(ring, turn & 1).full, 4);
+  }
+  __device__ __forceinline__ int ask(const Arguments<G>& args) const { return step() + atomicAdd(args.claimed, 1); }
+  __device__ __forceinline__ void tell(const Ring& ring, int answer) const {
+    const Claim<G> claim(ring, turn & 1);
+    ptx::barrier_wait(claim.empty, (turn >> 1 & 1) ^ 1);
+    for (int rank = 0; rank < G::kCluster; ++rank) ptx::send_word(claim.value, answer, claim.full, rank);
+  }
+};
 
 // Stages of 64 columns that follow the tile's own with the epilogue's input: the same number in all blocks of a cluster.
 template <class G>
