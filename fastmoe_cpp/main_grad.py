@@ -97,8 +97,9 @@ def experts(
     """ops.experts, whose backward adds the gradients of gate_up_proj and down_proj to their main_grad, if there is one.
 
     The sum is float32's: on the CPU and on Hopper GPUs the products themselves are added in float32, on CUDA's portable
-    path their result in the weights' dtype is. A weight without a main_grad gets its gradient as usual, and so does everything else. Eager: it ends a
-    graph of torch.compile. Raises ValueError for a main_grad of another shape or dtype.
+    path their result in the weights' dtype is. A weight without a main_grad gets its gradient as usual, and so does
+    everything else. Eager: it ends a graph of torch.compile. Raises ValueError for a main_grad of another shape or
+    dtype.
     """
     options: dict[str, Any] = {
         "activation": activation, "activation_alpha": activation_alpha, "activation_limit": activation_limit,
