@@ -4,6 +4,52 @@
 
 namespace fastmoe_cpp::cuda::sm90 {
 
+// rows[s] = accumulators (+ bias[e])
+struct RowsEpilogue {
+  static constexpr bool kHolds = true;
+  static constexpr int kInputHalves = 0;
+  template <class G>
+  static constexpr int kSteps = G::kN / 64;
+  struct Params {
+    void* out;         // [P, columns]
+    const void* bias;  // [E, columns] or null
+    int columns;
+  };
+
+  template <class G>
+  __device__ static void pack(const Arguments<G>& args, const Tile& tile, int, float (&accumulators)[G::kN / 2],
+                              Packed<G>& words) {
+    using T = typename G::T;
+    const Params& params = args.epilogue;
+    if (params.bias != nullptr) {
+      const T* const bias = static_cast<const T*>(params.bias) + static_cast<int64_t>(tile.expert) * params.columns;
+#pragma unroll
+      for (int b = 0; b < G::kN / 8; ++b) {
+        const int c = tile.n * G::kN + 8 * b + 2 * (threadIdx.x & 3);
+        const float2 add = c < params.columns ? unpack<T>(*reinterpret_cast<const uint32_t*>(bias + c)) : float2{0, 0};
+        accumulators[4 * b] += add.x, accumulators[4 * b + 1] += add.y;
+        accumulators[4 * b + 2] += add.x, accumulators[4 * b + 3] += add.y;
+      }
+    }
+    pack_tile<G>(accumulators, words);
+  }
+
+  template <class G, int kStep>
+  __device__ static void step(const Arguments<G>& args, const Tile& tile, int first_row, const Packed<G>& words) {
+    using T = typename G::T;
+    const int columns = args.epilogue.columns;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = row_of(first_row, h), column = tile.n * G::kN + kStep * 64;
+      T* const out = static_cast<T*>(args.epilogue.out) + static_cast<int64_t>(tile.first + row) * columns + column;
+#pragma unroll
+      for (int b = 0; b < 8; b += 4) {
+        store_group(words, kStep * 8 + b, h, out + b * 8, column + b * 8, columns, row < tile.rows);
+      }
+    }
+  }
+};
+
 template <class G>
 cudaError_t run_down(const DownParams& p, cudaStream_t stream) {
   const ExpertShape& shape = p.shape;

@@ -4,6 +4,77 @@
 
 namespace fastmoe_cpp::cuda::sm90 {
 
+// grad[e] = accumulators; row m of the tile's columns is row `half * I + i` of a gate half then an up half. kAdds: grad is
+// float32, and the accumulators are added to it.
+template <bool kAdds>
+struct WeightGradEpilogue {
+  static constexpr bool kHolds = false;
+  static constexpr int kInputHalves = 0;
+  struct Params {
+    void* grad;  // [E, rows, columns]
+    int rows, columns;
+    bool interleaved;  // rows alternate between the two halves
+
+    __device__ __forceinline__ int64_t row_at(int expert, int row) const {
+      const int half_rows = rows / 2;
+      const int out_row = !interleaved ? row : row < half_rows ? 2 * row : 2 * (row - half_rows) + 1;
+      return (static_cast<int64_t>(expert) * rows + out_row) * columns;
+    }
+  };
+
+  using Ahead = Nothing;
+  template <class G>
+  __device__ static Ahead fetch(const Arguments<G>&, const Tile&, int) {
+    return {};
+  }
+
+  template <class G>
+  __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
+                               float (&accumulators)[G::kN / 2], const Ahead&, const Ring&, Position<G::kStages>&) {
+    const Params& params = args.epilogue;
+    const int column = tile.n * G::kN;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = tile.m * G::kM + row_of(first_row, h);
+      const int64_t at = params.row_at(tile.expert, row) + column;
+      if constexpr (kAdds) {
+        if (tile.rows > 0 && row < params.rows)
+          add_row(accumulators, h, static_cast<float*>(params.grad) + at, params.columns - column);
+      } else {
+        using T = typename G::T;
+        T* const out = static_cast<T*>(params.grad) + at;
+#pragma unroll
+        for (int b = 0; b < G::kN / 8; b += 4) {
+          store_group<T>(accumulators, b, h, out + b * 8, column + b * 8, params.columns, row < params.rows);
+        }
+      }
+    }
+  }
+
+ private:
+  // A quad of lanes has a sector of 32 bytes of the row.
+  template <int kCount>
+  __device__ static void add_row(const float (&accumulators)[kCount], int h, float* out, int columns) {
+    const int first = 2 * (threadIdx.x & 3);
+#pragma unroll
+    for (int group = 0; group < kCount / 4; group += 8) {
+      float2 sums[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int c = (group + i) * 8 + first;
+        if (c < columns) sums[i] = *reinterpret_cast<const float2*>(out + c);
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        const int c = (group + i) * 8 + first, from = 4 * (group + i) + 2 * h;
+        if (c < columns) {
+          *reinterpret_cast<float2*>(out + c) = {sums[i].x + accumulators[from], sums[i].y + accumulators[from + 1]};
+        }
+      }
+    }
+  }
+};
+
 template <class G>
 cudaError_t run_weight_grad(const WeightGradParams& p, Arguments<G>& args, int64_t rows, int64_t columns,
                             bool interleaved, cudaStream_t stream) {
