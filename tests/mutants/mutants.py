@@ -351,6 +351,27 @@ MUTANTS = (
         "tests/distributed/test_exchange.py -k gradients",
     ),
     Mutant(
+        "every_part_adds_the_down_bias",
+        "fastmoe_cpp/parallel/tensor.py",
+        "        return tensor.view_as(tensor) if first else torch.zeros_like(tensor)",
+        "        return tensor.view_as(tensor)",
+        "tests/distributed/test_tensor_parallel.py -k one_step",
+    ),
+    Mutant(
+        "routing_gradients_of_one_part_alone",
+        "fastmoe_cpp/parallel/tensor.py",
+        "        return *sums, None\n",
+        "        return sums[0], grads[1], None\n",
+        "tests/distributed/test_tensor_parallel.py -k one_step",
+    ),
+    Mutant(
+        "up_rows_of_a_part_stored_where_the_next_gate_rows_go",
+        "fastmoe_cpp/parallel/stored.py",
+        "(half + i) * inner + first, *rest",
+        "(half + i) * rows.shape[1] + first, *rest",
+        "tests/distributed/test_tensor_checkpoints.py",
+    ),
+    Mutant(
         "norm_without_the_other_ranks_experts",
         "fastmoe_cpp/parallel/gradients.py",
         "        for group in groups:\n            _all_reduce(part,",
