@@ -72,7 +72,8 @@ def _gaps(axes: Any, history: list[dict[str, Any]], settings: Settings) -> None:
         axes.hlines(AGREEMENT, 0, end, color="#b3202a", linewidth=2, label=label)
         axes.axvspan(0, end, color="#b3202a", alpha=0.06, linewidth=0)
         axes.legend(loc="upper right", fontsize=9)
-        axes.set_ylim(floor / 2, max(1e-2, 2 * max(gaps)))
+        # the legend stands above every curve
+        axes.set_ylim(floor / 2, max(1e-2, 20 * max(gaps)))
     title = "How far apart the curves are"
     axes.set(xlabel="step", ylabel="|fastmoe_cpp - torch loop| / torch loop", title=title)
     axes.grid(alpha=0.3)
