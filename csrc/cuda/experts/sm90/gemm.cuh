@@ -8,7 +8,7 @@
 
 namespace fastmoe_cpp::cuda::sm90 {
 
-// Weight gradients: makes A's or B's TMA-loaded slots past the expert's end zero, and scales A's slots where asked.
+// Weight gradients: makes B's slots past the expert's end zero, as A's are, and scales A's slots where asked.
 template <class G>
 __device__ __forceinline__ void fix_slots(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a,
                                           uint32_t b, int group) {
@@ -16,18 +16,18 @@ __device__ __forceinline__ void fix_slots(const Arguments<G>& args, const Tile& 
   const bool scaled = args.slot_scale != nullptr;
   if (valid >= kBlockK && !scaled) return;
   const int thread = threadIdx.x & 127;
-  constexpr bool kFixA = G::kA == Load::columns;
-  // A's blocks of this warpgroup are its own; B is shared, and both warpgroups write the same zeros.
-  const uint32_t base = kFixA ? a + (G::kCooperative ? group * kBoxBytes : 0) : b;
-  constexpr int kBoxes = kFixA ? 1 : G::kN / 64;
-  for (int i = thread; i < 64 * 8 * kBoxes; i += 128) {
-    const int row = (i >> 3) & 63;
-    const uint32_t address = base + i * 16;
-    if (row >= valid) {
-      ptx::store_shared_16(address, {0, 0, 0, 0});
-    } else if (scaled && kFixA) {
-      using T = typename G::T;
+  // B is shared, and both warpgroups write the same zeros.
+  for (int row = max(valid, 0) + (thread >> 3); row < kBlockK; row += 16) {
+#pragma unroll
+    for (int box = 0; box < G::kN / 64; ++box)
+      ptx::store_shared_16(b + box * kBoxBytes + row * 128 + (thread & 7) * 16, {0, 0, 0, 0});
+  }
+  // A's block of this warpgroup is its own.
+  if (scaled) {
+    using T = typename G::T;
+    for (int row = thread >> 3; row < min(valid, kBlockK); row += 16) {
       const float scale = args.slot_scale[args.slot_index[tile.first + k_block * kBlockK + row]];
+      const uint32_t address = a + group * kBoxBytes + row * 128 + (thread & 7) * 16;
       alignas(16) T values[8];
       uint32_t (&words)[4] = reinterpret_cast<uint32_t (&)[4]>(values);
       ptx::load_shared_16(words, address);
@@ -170,9 +170,10 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
   extern __shared__ uint8_t shared_memory[];
   uint8_t* const stages =
       reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(shared_memory) + 1023) & ~uintptr_t{1023});
-  uint64_t* const barriers = reinterpret_cast<uint64_t*>(stages + G::kStages * G::kStageBytes);
+  uint64_t* const barriers = reinterpret_cast<uint64_t*>(stages + G::kStages * G::kStageBytes + 2 * G::kStagingBytes);
   Ring ring;
   ring.stages = ptx::shared_address(stages);
+  ring.staging = ring.stages + G::kStages * G::kStageBytes;
   ring.full = ptx::shared_address(barriers);
   ring.empty = ring.full + G::kStages * 8;
   ring.landed = ring.empty + G::kStages * 8;
@@ -190,7 +191,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
     }
     ptx::barrier_init_fence();
     if (!is_gathered(G::kA)) ptx::tma_prefetch_descriptor(&args.a_map);
-    if (!is_gathered(G::kB)) ptx::tma_prefetch_descriptor(&args.b_map);
+    ptx::tma_prefetch_descriptor(&args.b_map);
   }
   ptx::wait_for_previous_kernel();
   const Schedule schedule = Schedule::build<G, kThreads>(reinterpret_cast<int*>(barriers + G::kBarriers),

@@ -16,42 +16,33 @@ __device__ __forceinline__ void load_by_tma(const Arguments<G>& args, const Tile
   }
   const bool second_block = G::kM == 64 ? false : (G::kWeightGrad || tile.rows > 64);
   constexpr int kABox = is_gathered(G::kA) ? 0 : kBoxBytes;
-  constexpr int kBBytes = is_gathered(G::kB) ? 0 : G::kBBytes;
-  ptx::barrier_arrive_expect(full, kABox * (second_block ? 2 : 1) + kBBytes);
-  // Of what the cluster shares, box i is loaded by block i % 2, for both; what is not shared everyone loads alone.
+  ptx::barrier_arrive_expect(full, kABox * (second_block ? 2 : 1) + G::kBBytes);
+  // Where the cluster shares B, its box i is loaded by block i % 2, for both.
   const int rank = G::kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
-  const auto load = [&](bool shares, int i, uint32_t to, const CUtensorMap* map, int column, int row, int part,
-                        int expert) {
-    if (G::kCluster == 1 || !shares || !tile.shared) {
-      ptx::tma_load(to, map, full, column, row, part, expert);
+  const auto load = [&](int i, uint32_t to, int column, int row, int part, int expert) {
+    if (G::kCluster == 1 || !tile.shared) {
+      ptx::tma_load(to, &args.b_map, full, column, row, part, expert);
     } else if ((i & 1) == rank) {
-      ptx::tma_load_to_all(to, map, full, column, row, part, expert, (1 << G::kCluster) - 1);
+      ptx::tma_load_to_all(to, &args.b_map, full, column, row, part, expert, (1 << G::kCluster) - 1);
     }
   };
   if constexpr (G::kA == Load::rows) {
     ptx::tma_load(a, &args.a_map, full, k, tile.first, half, 0);
     if (second_block) ptx::tma_load(a + kBoxBytes, &args.a_map, full, k, tile.first + 64, half, 0);
-  } else if constexpr (G::kA == Load::columns) {
-    static_assert(G::kWeightGrad);
-#pragma unroll
-    for (int i = 0; i < G::kM / 64; ++i) {
-      load(G::kSharesA, i, a + i * kBoxBytes, &args.a_map, tile.m * G::kM + i * 64, tile.first + k, 0, 0);
-    }
   }
   if constexpr (G::kB == Load::rows) {
     constexpr int kRows = G::kBBoxRows, kBoxesAHalf = G::kN / G::kHalves / kRows;
 #pragma unroll
     for (int i = 0; i < G::kN / kRows; ++i) {
-      load(G::kSharesB, i, b + i * kRows * 128, &args.b_map, k, (tile.n * kBoxesAHalf + i % kBoxesAHalf) * kRows,
-           i / kBoxesAHalf, tile.expert);
+      load(i, b + i * kRows * 128, k, (tile.n * kBoxesAHalf + i % kBoxesAHalf) * kRows, i / kBoxesAHalf, tile.expert);
     }
-  } else if constexpr (G::kB == Load::columns) {
+  } else {
 #pragma unroll
     for (int i = 0; i < G::kN / 64; ++i) {
       if constexpr (G::kWeightGrad) {
-        load(G::kSharesB, i, b + i * kBoxBytes, &args.b_map, tile.n * G::kN + i * 64, tile.first + k, 0, 0);
+        load(i, b + i * kBoxBytes, tile.n * G::kN + i * 64, tile.first + k, 0, 0);
       } else {
-        load(G::kSharesB, i, b + i * kBoxBytes, &args.b_map, tile.n * G::kN + i * 64, k, half, tile.expert);
+        load(i, b + i * kBoxBytes, tile.n * G::kN + i * 64, k, half, tile.expert);
       }
     }
   }
@@ -99,7 +90,7 @@ struct RowGather {
     for (int i = 0; i < kLoads; ++i)
       pairs[i] = row + 64 * i < tile.rows ? args.slot_index[tile.first + row + 64 * i] : 0;
   }
-  __device__ __forceinline__ void begin(const Arguments<G>& args) {
+  __device__ __forceinline__ void begin(const Arguments<G>& args, const Tile&) {
     base = static_cast<const uint4*>(args.gathered) + (threadIdx.x & 7);
 #pragma unroll
     for (int i = 0; i < kLoads; ++i) {
@@ -111,7 +102,7 @@ struct RowGather {
     }
   }
   __device__ __forceinline__ void prepare(const Arguments<G>&, const Tile&, int) {}
-  __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a, uint32_t) {
+  __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a) {
     const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
     const uint32_t destination = a + row * 128 + ((chunk ^ (row & 7)) << 4);
     if (tile.rows == G::kM && (k_block + 1) * kBlockK <= args.k_size) {
@@ -131,64 +122,60 @@ struct RowGather {
   __device__ __forceinline__ void advance() { base += kBlockK / 8; }
 };
 
-// Gathers the contraction's rows, MN-major: 64 slots, kColumns columns of their tokens. Slots past the expert's end are
-// zeros.
+// Gathers the contraction's rows, MN-major: 64 slots, kM columns of their tokens. Slots past the expert's end are zeros.
 template <class G>
 struct ColumnGather {
-  using T = typename G::T;
-  static constexpr int kColumns = G::kA == Load::gathered_columns ? G::kM : G::kN;
-  static constexpr int kRows = kBlockK / G::kRowsACopy;
-  int ahead[kRows];         // pairs of the first k block of the tile to come
-  int pairs[kRows];         // of the k block after the one to come
-  const T* sources[kRows];  // of the k block to come
+  static constexpr int kRows = kBlockK / G::kRowsACopy, kBoxes = G::kM / 64;
+  static_assert(kRows == 4);
+  // A warp's slots of a block are 16 i + 4 warp + r, i and r < 4; lane l looks up that with 4 i + r = l % 16, of the first
+  // of two blocks for l < 16 and of the second for the others.
+  int ahead;                 // pair in the first two blocks of the tile to come
+  int pair;                  // in the two blocks after those at hand
+  uint32_t offset;           // of its row in those at hand, in units of 8 elements
+  const uint4* base;         // a row's first element of this thread, but for the row
+  bool whole;                // all columns are there
+  const uint4* rows[kRows];  // of the block to come
 
-  __device__ __forceinline__ void fetch_block(const Arguments<G>& args, const Tile& tile, int k_block,
-                                              int (&to)[kRows]) {
-    const int slot = k_block * kBlockK + ((threadIdx.x & (G::kGatherThreads - 1)) >> 3);
+  __device__ __forceinline__ int look_up(const Arguments<G>& args, const Tile& tile, int k_block) const {
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+    const int slot = (k_block + (lane >> 4)) * kBlockK + ((lane >> 2) & 3) * 16 + warp * 4 + (lane & 3);
+    return slot < tile.rows ? args.slot_index[tile.first + slot] : 0;
+  }
+  __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) { ahead = look_up(args, tile, 0); }
+  __device__ __forceinline__ void begin(const Arguments<G>& args, const Tile& tile) {
+    pair = ahead;
+    base = static_cast<const uint4*>(args.gathered) + tile.m * (G::kM / 8) + (threadIdx.x & 7);
+    whole = (tile.m + 1) * G::kM <= args.gathered_columns;
+  }
+  // Before the wait for the stage: finding its rows takes as long as its copies.
+  __device__ __forceinline__ void prepare(const Arguments<G>& args, const Tile& tile, int k_block) {
+    if (k_block % 2 == 0) {
+      offset = static_cast<uint32_t>(args.token_of(pair)) * static_cast<uint32_t>(args.gathered_columns >> 3);
+      pair = look_up(args, tile, k_block + 2);
+    }
 #pragma unroll
     for (int i = 0; i < kRows; ++i)
-      to[i] = slot + G::kRowsACopy * i < tile.rows ? args.slot_index[tile.first + slot + G::kRowsACopy * i] : -1;
+      rows[i] = base + __shfl_sync(0xFFFFFFFF, offset, k_block % 2 * 16 + 4 * i + ((threadIdx.x >> 3) & 3));
   }
-  __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) {
-    fetch_block(args, tile, 0, ahead);
-  }
-  __device__ __forceinline__ void begin(const Arguments<G>&) {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) pairs[i] = ahead[i];
-  }
-  // Before the wait for the stage: looking up its slots takes as long as its copies.
-  __device__ __forceinline__ void prepare(const Arguments<G>& args, const Tile& tile, int k_block) {
-    const int column = (G::kA == Load::gathered_columns ? tile.m : tile.n) * kColumns + (threadIdx.x & 7) * 8;
-#pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      sources[i] = static_cast<const T*>(args.gathered) + column +
-                   static_cast<int64_t>(args.token_of(max(pairs[i], 0))) * args.gathered_columns;
-    }
-    fetch_block(args, tile, k_block + 1, pairs);
-  }
-  __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a,
-                                        uint32_t b) {
+  __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a) {
     const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
-    const int first_column = (G::kA == Load::gathered_columns ? tile.m : tile.n) * kColumns,
-              column = first_column + chunk * 8;
-    const uint32_t destination = (G::kA == Load::gathered_columns ? a : b) + row * 128 + ((chunk ^ (row & 7)) << 4);
-    if ((k_block + 1) * kBlockK <= tile.rows && first_column + kColumns <= args.gathered_columns) {
+    const uint32_t destination = a + row * 128 + ((chunk ^ (row & 7)) << 4);
+    if (whole && (k_block + 1) * kBlockK <= tile.rows) {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-        for (int box = 0; box < kColumns / 64; ++box) {
-          ptx::copy_async_16(destination + i * G::kRowsACopy * 128 + box * kBoxBytes, sources[i] + box * 64);
-        }
+        for (int box = 0; box < kBoxes; ++box)
+          ptx::copy_async_16(destination + i * G::kRowsACopy * 128 + box * kBoxBytes, rows[i] + box * 8);
       }
     } else {
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
-        for (int box = 0; box < kColumns / 64; ++box) {
-          const bool inside =
-              k_block * kBlockK + row + G::kRowsACopy * i < tile.rows && column + box * 64 < args.gathered_columns;
+        for (int box = 0; box < kBoxes; ++box) {
+          const bool inside = k_block * kBlockK + row + G::kRowsACopy * i < tile.rows &&
+                              tile.m * G::kM + box * 64 + chunk * 8 < args.gathered_columns;
           ptx::copy_async_16(destination + i * G::kRowsACopy * 128 + box * kBoxBytes,
-                             inside ? sources[i] + box * 64 : static_cast<const T*>(args.gathered), inside);
+                             inside ? rows[i] + box * 8 : static_cast<const uint4*>(args.gathered), inside);
         }
       }
     }
@@ -219,7 +206,7 @@ __device__ __forceinline__ void load_tiles(const Arguments<G>& args, const Sched
   }
 }
 
-// Two or four warps: gathered rows; the four load what comes by TMA as well.
+// Two or four warps: gathered rows; the four load what comes by TMA as well, by turns.
 template <class G>
 __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   std::conditional_t<is_mn_major(G::kA), ColumnGather<G>, RowGather<G>> gather;
@@ -230,7 +217,7 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
   gather.fetch(args, tile);
   while (true) {
     const int k_blocks = k_blocks_of(args, tile);
-    gather.begin(args);
+    gather.begin(args, tile);
     Tile next;
     bool more;
     int answer = 0;
@@ -257,11 +244,11 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
       gather.prepare(args, tile, k_block);
       ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
       if constexpr (!G::kPublishes) {
-        if ((threadIdx.x & 127) == 0)
+        if ((threadIdx.x & 127) == k_block % 4 * 32)
           load_by_tma<G>(args, tile, k_block, a, a + G::kABytes, ring.full + position.stage * 8);
         __syncwarp();
       }
-      gather.issue(args, tile, k_block, a, a + G::kABytes);
+      gather.issue(args, tile, k_block, a);
       ptx::copy_async_arrive((G::kPublishes ? ring.landed : ring.full) + position.stage * 8);
       gather.advance();
       position.advance();

@@ -139,11 +139,26 @@ __device__ __forceinline__ void store_shared_16(uint32_t address, const uint32_t
                : "memory");
 }
 
+// Four 8 x 8 matrices of 2-byte elements, of which a lane holds in word i columns 2 (lane % 4) and the next of row
+// lane / 4: lane 8 i + r gives the address of 16 bytes for row r of matrix i, or kTransposes for its column r.
+template <bool kTransposes>
+__device__ __forceinline__ void store_matrices(uint32_t address, const uint32_t (&v)[4]) {
+  if constexpr (kTransposes) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]),
+                 "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+  } else {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]),
+                 "r"(v[1]), "r"(v[2]), "r"(v[3])
+                 : "memory");
+  }
+}
+
 // Clusters
 
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
 

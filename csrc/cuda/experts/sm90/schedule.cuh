@@ -14,7 +14,7 @@ struct Tile {
   int rows;     // slots of the tile (weight gradients: all slots of the expert, the contraction)
   int m, n;     // position in units of tiles; may lie outside the matrix for the second block of a cluster
   int first_n;  // n of the cluster's first block
-  bool shared;  // the blocks of the cluster share an operand
+  bool shared;  // the blocks of the cluster share B
 };
 
 // Tiles of an expert run down M first within groups of kGroupRows rows, so that blocks that run together share
@@ -31,13 +31,12 @@ struct Schedule {
 
   static __host__ __device__ constexpr int shared_bytes(int experts) { return (2 * (experts + 1) + 16) * 4; }
 
-  // How many indices m_tiles x n_tiles tiles take. A cluster takes pairs along one direction, and pairs along the other
-  // of the row or column that is left over.
+  // How many indices m_tiles x n_tiles tiles take. A cluster takes pairs along M, and pairs along N of the row that is
+  // left over.
   template <class G>
   __device__ static int indices(int m_tiles, int n_tiles) {
     if constexpr (G::kCluster == 1) return m_tiles * n_tiles;
-    const int paired = G::kSharesA ? n_tiles : m_tiles, other = G::kSharesA ? m_tiles : n_tiles;
-    return paired / 2 * other + (paired & 1) * ((other + 1) / 2);
+    return m_tiles / 2 * n_tiles + (m_tiles & 1) * ((n_tiles + 1) / 2);
   }
 
   // Called by every thread of the block; ends with a block barrier. G::kRowTile 0: weight gradients, with m_tiles x
@@ -137,24 +136,20 @@ struct Schedule {
       tile.rows = first_slot(tile.expert + 1) - tile.first;
       m_tiles_here = (tile.rows + kRowTile - 1) / kRowTile;
     }
-    // Positions in units of what a cluster takes.
-    constexpr int kTall = G::kSharesB ? 2 : 1, kBroad = G::kSharesA ? 2 : 1;
-    constexpr int kGroup = kGroupRows / (kRowTile == 0 ? 128 : kRowTile) / kTall;
-    const int rows = m_tiles_here / kTall, columns = n_tiles / kBroad;
+    constexpr int kGroup = kGroupRows / (kRowTile == 0 ? 128 : kRowTile) / G::kCluster;
+    const int rows = m_tiles_here / G::kCluster;  // of what a cluster takes
     const int rank = G::kCluster == 1 ? 0 : static_cast<int>(ptx::cluster_rank());
-    tile.shared = G::kCluster > 1 && local < rows * columns;
+    tile.shared = G::kCluster > 1 && local < rows * n_tiles;
     if (G::kCluster > 1 && !tile.shared) {
-      const int pair = 2 * (local - rows * columns);
-      tile.m = G::kSharesB ? m_tiles_here - 1 : pair + rank;
-      tile.first_n = G::kSharesB ? pair : n_tiles - 1;
-      tile.n = G::kSharesB ? pair + rank : n_tiles - 1;
+      tile.m = m_tiles_here - 1;
+      tile.first_n = 2 * (local - rows * n_tiles);
+      tile.n = tile.first_n + rank;
     } else {
-      const int group = local / (kGroup * columns);
-      local -= group * kGroup * columns;
+      const int group = local / (kGroup * n_tiles);
+      local -= group * kGroup * n_tiles;
       const int tall = min(kGroup, rows - group * kGroup), column = local / tall;
-      tile.m = (group * kGroup + local - column * tall) * kTall + (G::kSharesB ? rank : 0);
-      tile.first_n = column * kBroad;
-      tile.n = tile.first_n + (G::kSharesA ? rank : 0);
+      tile.m = (group * kGroup + local - column * tall) * G::kCluster + rank;
+      tile.n = tile.first_n = column;
     }
     if constexpr (kRowTile != 0) {
       tile.first += tile.m * kRowTile;

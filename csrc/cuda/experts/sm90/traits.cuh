@@ -23,10 +23,10 @@ inline constexpr int kThreads = 384;     // two consumer warpgroups, then the pr
 inline constexpr int kOrderBarrier = 1;  // named barriers 1 and 2: whose main loop is next
 inline constexpr int kTransformBarrier = 3;
 
-// kWeightGrad: the contraction runs over an expert's slots and the output is [E, m_size, n_size]; otherwise the tile's
+// kWeightGrad: the contraction runs over an expert's slots and the product is [E, m_size, n_size]; otherwise the tile's
 // rows are slots. kHalves: halves of B's rows in a tile (a gate part, then an up part of the same columns).
-// kCluster 2: two blocks take tiles that share an operand, each loads half of it and sends it to both (multicast). What
-// comes by TMA is shared: B, by two tiles above each other, or A, by two side by side, where B is gathered.
+// kCluster 2: two blocks take tiles above each other, which share B: each loads half of it and sends it to both
+// (multicast).
 template <typename T_, Load kA_, Load kB_, bool kCooperative_, int kN_, int kHalves_, bool kWeightGrad_, int kCluster_,
           class Epilogue_>
 struct Gemm {
@@ -37,13 +37,13 @@ struct Gemm {
   static constexpr int kM = kCooperative ? 128 : 64, kN = kN_, kHalves = kHalves_;
   static constexpr int kRowTile = kWeightGrad ? 0 : kM;
   static constexpr int kCluster = kCluster_;
-  static constexpr bool kSharesA = kCluster > 1 && is_gathered(kB), kSharesB = kCluster > 1 && !kSharesA;
   static constexpr int kBBoxRows = kN / (kHalves > kCluster ? kHalves : kCluster);  // of B that comes as Load::rows
   static_assert(kCluster == 1 || kCluster == 2);
-  static_assert(!kSharesA || (kA == Load::columns && kM == 128));
+  static_assert(!is_gathered(kB) && (kA == Load::gathered_columns) == kWeightGrad &&
+                (kB == Load::columns || !kWeightGrad));
   static constexpr int kABytes = kM * 128, kBBytes = kN * 128, kStageBytes = kABytes + kBBytes;
   static constexpr int kStages = 204800 / kStageBytes > 12 ? 12 : 204800 / kStageBytes;
-  static constexpr bool kGathers = is_gathered(kA) || is_gathered(kB);
+  static constexpr bool kGathers = is_gathered(kA);
   // Weight gradients look up slots in every stage and need all four producer warps: consumers fence. Otherwise warps 0 and
   // 1 gather, and a warp of its own publishes.
   static constexpr bool kPublishes = kGathers && !kWeightGrad;
@@ -56,8 +56,9 @@ struct Gemm {
   static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
   static constexpr bool kClaims = kWeightGrad;                       // tiles come from a counter
   static constexpr int kBarriers = 3 * kStages + (kClaims ? 5 : 0);  // of 8 bytes, and two claims in the last of them
+  static constexpr int kStagingBytes = kWeightGrad ? 8192 : 0;       // of each warpgroup's epilogue
   static constexpr int shared_bytes(int experts) {
-    return 1024 + kStages * kStageBytes + kBarriers * 8 + Schedule::shared_bytes(experts);
+    return 1024 + kStages * kStageBytes + 2 * kStagingBytes + kBarriers * 8 + Schedule::shared_bytes(experts);
   }
 };
 
@@ -87,11 +88,11 @@ struct Arguments {
 template <class G>
 using Packed = uint32_t[G::kN / 4];
 
-// Shared-memory addresses: the stages, and a barrier of each kind for every stage. `landed` counts gathering threads
+// Shared-memory addresses: the stages, what epilogues pass through, and a barrier of each kind for every stage. `landed` counts gathering threads
 // whose copies have been written; `empty` counts consumer warps of every block of the cluster, since each may be sent
 // the next stage by any.
 struct Ring {
-  uint32_t stages, full, empty, landed;
+  uint32_t stages, staging, full, empty, landed;
 };
 
 // Behind them, where tiles are claimed: for each of two claims a barrier that it is there, one that all warps of the

@@ -1,24 +1,27 @@
-// The weight gradients: contraction over an expert's slots, one operand gathered from the tokens, one in slot order.
+// The weight gradients: contraction over an expert's slots, A gathered from the tokens, B in slot order. H runs along M:
+// dW_down [E, H, I] is stored as it is, dW_gate_up [E, up_rows, H] transposed.
 #pragma once
 #include "launch.cuh"
 
 namespace fastmoe_cpp::cuda::sm90 {
 
-// grad[e] = accumulators; row m of the tile's columns is row `half * I + i` of a gate half then an up half. kAdds: grad is
-// float32, and the accumulators are added to it.
-template <bool kAdds>
+// grad[e] = accumulators, or kTransposes theirs. kAdds: grad is float32, and the accumulators are added to it. Otherwise
+// they are rounded and pass through shared memory, so that whole lines are stored.
+template <bool kTransposes, bool kAdds>
 struct WeightGradEpilogue {
   static constexpr bool kHolds = false;
   static constexpr int kInputHalves = 0;
   struct Params {
     void* grad;  // [E, rows, columns]
     int rows, columns;
-    bool interleaved;  // rows alternate between the two halves
+    bool interleaved;  // the weight's rows alternate between two halves, those of the product do not
 
-    __device__ __forceinline__ int64_t row_at(int expert, int row) const {
+    // The first element of the weight's row for row `row` of the product.
+    template <typename Element>
+    __device__ __forceinline__ Element* row_at(int expert, int row) const {
       const int half_rows = rows / 2;
       const int out_row = !interleaved ? row : row < half_rows ? 2 * row : 2 * (row - half_rows) + 1;
-      return (static_cast<int64_t>(expert) * rows + out_row) * columns;
+      return static_cast<Element*>(grad) + (static_cast<int64_t>(expert) * rows + out_row) * columns;
     }
   };
 
@@ -30,96 +33,197 @@ struct WeightGradEpilogue {
 
   template <class G>
   __device__ static void store(const Arguments<G>& args, const Tile& tile, int first_row,
-                               float (&accumulators)[G::kN / 2], const Ahead&, const Ring&, Position<G::kStages>&) {
-    const Params& params = args.epilogue;
-    const int column = tile.n * G::kN;
+                               float (&accumulators)[G::kN / 2], const Ahead&, const Ring& ring,
+                               Position<G::kStages>&) {
+    const int m = tile.m * G::kM + first_row, n = tile.n * G::kN;  // the warpgroup's 64 x kN begin here
+    const uint32_t staging = ring.staging + first_row / 64 * G::kStagingBytes;
+    if constexpr (kAdds) {
+      if (tile.rows == 0) return;
+      if constexpr (kTransposes) {
+        add_transposed<G>(args.epilogue, tile.expert, m, n, accumulators);
+      } else {
+        add<G>(args.epilogue, tile.expert, m, n, accumulators);
+      }
+    } else if constexpr (kTransposes) {
+      store_transposed<G>(args.epilogue, tile.expert, m, n, accumulators, staging, kTransformBarrier + first_row / 64);
+    } else {
+      store_rows<G>(args.epilogue, tile.expert, m, n, accumulators, staging);
+    }
+  }
+
+ private:
+  // Matrix i of four is block i / 2 of two, row half i % 2.
+  template <class G>
+  __device__ static void stage_blocks(const float (&accumulators)[G::kN / 2], int block, uint32_t address) {
+    uint32_t v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      v[i] = pack<typename G::T>(accumulators[4 * block + 2 * i], accumulators[4 * block + 2 * i + 1]);
+    ptx::store_matrices<kTransposes>(address, v);
+  }
+
+  // A warp has 16 rows, 64 columns of them in shared memory: 128 bytes a row, its 16-byte chunks c at c ^ row % 8.
+  template <class G>
+  __device__ static void store_rows(const Params& params, int expert, int m, int n,
+                                    const float (&accumulators)[G::kN / 2], uint32_t staging) {
+    using T = typename G::T;
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3, chunk = lane & 7;
+    const uint32_t rows_at = staging + warp * 2048;
+    const int to_row = lane & 15;
+    const int first = m + warp * 16 + (lane >> 3);  // a lane reads every fourth row from here
+    T* const out = params.template row_at<T>(expert, first) + n + chunk * 8;
+#pragma unroll
+    for (int step = 0; step < G::kN / 64; ++step) {
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        stage_blocks<G>(accumulators, 8 * step + 2 * i,
+                        rows_at + to_row * 128 + (((2 * i + (lane >> 4)) ^ (to_row & 7)) << 4));
+      }
+      __syncwarp();
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int row = (lane >> 3) + 4 * i;
+        uint32_t v[4];
+        ptx::load_shared_16(v, rows_at + row * 128 + ((chunk ^ (row & 7)) << 4));
+        if (first + 4 * i < params.rows && n + step * 64 + chunk * 8 < params.columns)
+          store_16(out + static_cast<int64_t>(4 * i) * params.columns + step * 64, v);
+      }
+    }
+  }
+
+  // The warpgroup has 64 of the weight's columns: 32 rows of 128 bytes in shared memory, chunks as above, in one buffer
+  // while the other is read.
+  template <class G>
+  __device__ static void store_transposed(const Params& params, int expert, int m, int n,
+                                          const float (&accumulators)[G::kN / 2], uint32_t staging, int barrier) {
+    using T = typename G::T;
+    const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5;
+    const int to_row = (lane >> 4) * 8 + (lane & 7), to_chunk = 2 * warp + ((lane >> 3) & 1);
+    const uint32_t to = staging + to_row * 128 + ((to_chunk ^ (lane & 7)) << 4);
+    const int row = thread >> 3, chunk = thread & 7, column = m + chunk * 8;
+    const uint32_t from = staging + row * 128 + ((chunk ^ (row & 7)) << 4);
+#pragma unroll
+    for (int step = 0; step < G::kN / 32; ++step) {
+      const uint32_t buffer = step % 2 * 4096;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) stage_blocks<G>(accumulators, 4 * step + 2 * i, to + buffer + i * 2048);
+      ptx::named_barrier_sync(barrier, 128);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        uint32_t v[4];
+        ptx::load_shared_16(v, from + buffer + i * 2048);
+        const int out_row = n + step * 32 + i * 16 + row;
+        if (out_row < params.rows && column < params.columns)
+          store_16(params.template row_at<T>(expert, out_row) + column, v);
+      }
+    }
+  }
+
+  // A quad of lanes has a sector of 32 bytes of the row.
+  template <class G>
+  __device__ static void add(const Params& params, int expert, int m, int n, const float (&accumulators)[G::kN / 2]) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = tile.m * G::kM + row_of(first_row, h);
-      const int64_t at = params.row_at(tile.expert, row) + column;
-      if constexpr (kAdds) {
-        if (tile.rows > 0 && row < params.rows)
-          add_row(accumulators, h, static_cast<float*>(params.grad) + at, params.columns - column);
-      } else {
-        using T = typename G::T;
-        T* const out = static_cast<T*>(params.grad) + at;
+      const int row = m + row_of(0, h), first = n + 2 * (threadIdx.x & 3);
+      float* const out = params.template row_at<float>(expert, row) + first;
+      const int columns = row < params.rows ? params.columns - first : 0;
 #pragma unroll
-        for (int b = 0; b < G::kN / 8; b += 4) {
-          store_group<T>(accumulators, b, h, out + b * 8, column + b * 8, params.columns, row < params.rows);
+      for (int group = 0; group < G::kN / 8; group += 8) {
+        float2 sums[8];
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int c = (group + i) * 8;
+          if (c < columns) sums[i] = *reinterpret_cast<const float2*>(out + c);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int c = (group + i) * 8, from = 4 * (group + i) + 2 * h;
+          if (c < columns) {
+            *reinterpret_cast<float2*>(out + c) = {sums[i].x + accumulators[from], sums[i].y + accumulators[from + 1]};
+          }
         }
       }
     }
   }
 
- private:
-  // A quad of lanes has a sector of 32 bytes of the row.
-  template <int kCount>
-  __device__ static void add_row(const float (&accumulators)[kCount], int h, float* out, int columns) {
-    const int first = 2 * (threadIdx.x & 3);
+  // The lanes of one quarter, lane % 4, have a sector of the weight's row.
+  template <class G>
+  __device__ static void add_transposed(const Params& params, int expert, int m, int n,
+                                        const float (&accumulators)[G::kN / 2]) {
+    const int column = m + row_of(0, 0);
+    const bool inside[2] = {column < params.columns, column + 8 < params.columns};
 #pragma unroll
-    for (int group = 0; group < kCount / 4; group += 8) {
-      float2 sums[8];
+    for (int block = 0; block < G::kN / 8; block += 4) {
+      float* out[8];
+      float sums[16];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int c = (group + i) * 8 + first;
-        if (c < columns) sums[i] = *reinterpret_cast<const float2*>(out + c);
+        const int row = n + (block + i / 2) * 8 + 2 * (threadIdx.x & 3) + i % 2;
+        out[i] = params.template row_at<float>(expert, row) + column;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (row < params.rows && inside[h]) sums[2 * i + h] = out[i][8 * h];
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int c = (group + i) * 8 + first, from = 4 * (group + i) + 2 * h;
-        if (c < columns) {
-          *reinterpret_cast<float2*>(out + c) = {sums[i].x + accumulators[from], sums[i].y + accumulators[from + 1]};
-        }
+        const int row = n + (block + i / 2) * 8 + 2 * (threadIdx.x & 3) + i % 2;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (row < params.rows && inside[h])
+            out[i][8 * h] = sums[2 * i + h] + accumulators[4 * (block + i / 2) + 2 * h + i % 2];
       }
     }
   }
 };
 
-template <class G>
-cudaError_t run_weight_grad(const WeightGradParams& p, Arguments<G>& args, int64_t rows, int64_t columns,
-                            bool interleaved, cudaStream_t stream) {
-  if (p.claimed == nullptr) return cudaErrorInvalidValue;
-  args.claimed = p.claimed;
-  args.m_size = static_cast<int>(rows);
-  args.n_size = static_cast<int>(columns);
-  args.m_tiles = static_cast<int>(ceil_div(rows, G::kM));
-  args.n_tiles = static_cast<int>(ceil_div(columns, G::kN));
-  args.epilogue = {p.grad, args.m_size, args.n_size, interleaved};
-  return launch<G>(args, p.shape.slots(), stream);
-}
+template <typename T, bool kTransposes, bool kAdds>
+using WeightGrad =
+    Gemm<T, Load::gathered_columns, Load::columns, true, 256, 1, true, 2, WeightGradEpilogue<kTransposes, kAdds>>;
 
-template <typename T, bool kAdds>
-cudaError_t run_gate_up_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
-  using G = Gemm<T, Load::columns, Load::gathered_columns, true, 256, 1, true, 2, WeightGradEpilogue<kAdds>>;
+// `gathered` [T, H]; `factor` [P, columns].
+template <class G>
+cudaError_t run_weight_grad(const WeightGradParams& p, const void* gathered, const void* factor, int64_t columns,
+                            const typename G::Epilogue::Params& epilogue, const float* slot_scale,
+                            cudaStream_t stream) {
+  if (p.claimed == nullptr) return cudaErrorInvalidValue;
   const ExpertShape& shape = p.shape;
   Arguments<G> args = arguments<G>(shape, p.plan);
-  FASTMOE_RETURN_IF_ERROR(encode(&args.a_map, slots_view(shape, p.left, shape.up_rows(), 1), 64));
-  args.gathered = p.right;
+  FASTMOE_RETURN_IF_ERROR(encode(&args.b_map, slots_view(shape, factor, columns, 1), 64));
+  args.gathered = gathered;
   args.gathered_columns = shape.hidden;
-  args.slot_scale = shape.weight_on_input ? p.plan.weights : nullptr;
-  return run_weight_grad(p, args, shape.up_rows(), shape.hidden, is_gated(shape.activation) && shape.interleaved,
-                         stream);
+  args.slot_scale = slot_scale;
+  args.claimed = p.claimed;
+  args.m_size = static_cast<int>(shape.hidden);
+  args.n_size = static_cast<int>(columns);
+  args.m_tiles = static_cast<int>(ceil_div(shape.hidden, G::kM));
+  args.n_tiles = static_cast<int>(ceil_div(columns, G::kN));
+  args.epilogue = epilogue;
+  return launch<G>(args, shape.slots(), stream);
 }
 
 template <typename T>
 cudaError_t launch_gate_up_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
-  return p.adds ? run_gate_up_weight_grad<T, true>(p, stream) : run_gate_up_weight_grad<T, false>(p, stream);
-}
-
-template <typename T, bool kAdds>
-cudaError_t run_down_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
-  using G = Gemm<T, Load::gathered_columns, Load::columns, true, 256, 1, true, 2, WeightGradEpilogue<kAdds>>;
   const ExpertShape& shape = p.shape;
-  Arguments<G> args = arguments<G>(shape, p.plan);
-  FASTMOE_RETURN_IF_ERROR(encode(&args.b_map, slots_view(shape, p.right, shape.intermediate, 1), 64));
-  args.gathered = p.left;
-  args.gathered_columns = shape.hidden;
-  return run_weight_grad(p, args, shape.hidden, shape.intermediate, false, stream);
+  const int rows = static_cast<int>(shape.up_rows()), columns = static_cast<int>(shape.hidden);
+  const bool interleaved = is_gated(shape.activation) && shape.interleaved;
+  const float* const scale = shape.weight_on_input ? p.plan.weights : nullptr;
+  const auto run = [&](auto adds) {
+    return run_weight_grad<WeightGrad<T, true, decltype(adds)::value>>(
+        p, p.right, p.left, rows, {p.grad, rows, columns, interleaved}, scale, stream);
+  };
+  return p.adds ? run(std::true_type{}) : run(std::false_type{});
 }
 
 template <typename T>
 cudaError_t launch_down_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
-  return p.adds ? run_down_weight_grad<T, true>(p, stream) : run_down_weight_grad<T, false>(p, stream);
+  const ExpertShape& shape = p.shape;
+  const int rows = static_cast<int>(shape.hidden), columns = static_cast<int>(shape.intermediate);
+  const auto run = [&](auto adds) {
+    return run_weight_grad<WeightGrad<T, false, decltype(adds)::value>>(
+        p, p.left, p.right, columns, {p.grad, rows, columns, false}, nullptr, stream);
+  };
+  return p.adds ? run(std::true_type{}) : run(std::false_type{});
 }
 
 }  // namespace fastmoe_cpp::cuda::sm90
