@@ -17,6 +17,7 @@ __device__ __forceinline__ void fix_slots(const Arguments<G>& args, const Tile& 
   if (valid >= kBlockK && !scaled) return;
   const int thread = threadIdx.x & 127;
   // B is shared, and both warpgroups write the same zeros.
+#pragma unroll 1
   for (int row = max(valid, 0) + (thread >> 3); row < kBlockK; row += 16) {
 #pragma unroll
     for (int box = 0; box < G::kN / 64; ++box)
@@ -25,6 +26,7 @@ __device__ __forceinline__ void fix_slots(const Arguments<G>& args, const Tile& 
   // A's block of this warpgroup is its own.
   if (scaled) {
     using T = typename G::T;
+#pragma unroll 1
     for (int row = thread >> 3; row < min(valid, kBlockK); row += 16) {
       const float scale = args.slot_scale[args.slot_index[tile.first + k_block * kBlockK + row]];
       const uint32_t address = a + group * kBoxBytes + row * 128 + (thread & 7) * 16;

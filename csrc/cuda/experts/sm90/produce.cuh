@@ -145,6 +145,7 @@ struct ColumnGather {
   __device__ __forceinline__ void begin(const Arguments<G>& args, const Tile& tile) {
     pair = ahead;
     base = static_cast<const uint4*>(args.gathered) + tile.m * (G::kM / 8) + (threadIdx.x & 7);
+    asm("" : "+l"(base));  // opaque, or the compiler adds up its parts for every row
     whole = (tile.m + 1) * G::kM <= args.gathered_columns;
   }
   // Before the wait for the stage: finding its rows takes as long as its copies.
@@ -190,7 +191,7 @@ __device__ __forceinline__ void load_tiles(const Arguments<G>& args, const Sched
   for (Walk<G> walk; walk.index < schedule.total(args.experts); walk.next(schedule, ring)) {
     const Tile tile = find_tile(args, schedule, walk.index);
     const int k_blocks = k_blocks_of(args, tile), blocks = k_blocks + input_blocks_of(args, tile);
-    if ((threadIdx.x & 31) == 0) {
+    if (ptx::elect()) {
       for (int block = 0; block < blocks; ++block) {
         const uint32_t stage = ring.stages + position.stage * G::kStageBytes, full = ring.full + position.stage * 8;
         ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
@@ -244,7 +245,7 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
       gather.prepare(args, tile, k_block);
       ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
       if constexpr (!G::kPublishes) {
-        if ((threadIdx.x & 127) == k_block % 4 * 32)
+        if (ptx::elect() && (threadIdx.x >> 5 & 3) == k_block % 4)
           load_by_tma<G>(args, tile, k_block, a, a + G::kABytes, ring.full + position.stage * 8);
         __syncwarp();
       }

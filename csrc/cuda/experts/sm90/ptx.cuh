@@ -13,6 +13,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// True in one lane of a whole warp. Unlike a comparison of lanes it tells the compiler that there is just one, so that
+// what takes uniform registers (TMA) needs no loop over lanes.
+__device__ __forceinline__ bool elect() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
+}
+
 // mbarrier
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t arrivals) {
