@@ -15,13 +15,28 @@ struct WeightGradEpilogue {
     void* grad;  // [E, rows, columns]
     int rows, columns;
     bool interleaved;  // the weight's rows alternate between two halves, those of the product do not
+  };
 
-    // The first element of the weight's row for row `row` of the product.
-    template <typename Element>
-    __device__ __forceinline__ Element* row_at(int expert, int row) const {
-      const int half_rows = rows / 2;
-      const int out_row = !interleaved ? row : row < half_rows ? 2 * row : 2 * (row - half_rows) + 1;
-      return static_cast<Element*>(grad) + (static_cast<int64_t>(expert) * rows + out_row) * columns;
+  // A column of the expert's weight, by rows of the product. What it needs is opaque, or the compiler computes it again at
+  // every row.
+  template <typename Element>
+  struct Column {
+    Element* first;
+    uint32_t row_bytes;
+    int half_rows, scale, back;
+
+    __device__ __forceinline__ Column(const Params& params, int expert, int column)
+        : first(static_cast<Element*>(params.grad) + static_cast<int64_t>(expert) * params.rows * params.columns +
+                column),
+          row_bytes(static_cast<uint32_t>(params.columns) * sizeof(Element)),
+          half_rows(params.rows / 2),
+          scale(params.interleaved ? 2 : 1),
+          back(params.interleaved ? params.rows - 1 : 0) {
+      asm("" : "+r"(row_bytes), "+r"(half_rows), "+r"(scale), "+r"(back));
+    }
+    __device__ __forceinline__ Element* at(int row) const {
+      const uint32_t weight_row = row * scale - (row < half_rows ? 0 : back);
+      return reinterpret_cast<Element*>(reinterpret_cast<char*>(first) + static_cast<uint64_t>(weight_row) * row_bytes);
     }
   };
 
@@ -71,7 +86,7 @@ struct WeightGradEpilogue {
     const uint32_t rows_at = staging + warp * 2048;
     const int to_row = lane & 15;
     const int first = m + warp * 16 + (lane >> 3);  // a lane reads every fourth row from here
-    T* const out = params.template row_at<T>(expert, first) + n + chunk * 8;
+    T* const out = Column<T>(params, expert, n + chunk * 8).at(first);
 #pragma unroll
     for (int step = 0; step < G::kN / 64; ++step) {
       __syncwarp();
@@ -103,19 +118,21 @@ struct WeightGradEpilogue {
     const uint32_t to = staging + to_row * 128 + ((to_chunk ^ (lane & 7)) << 4);
     const int row = thread >> 3, chunk = thread & 7, column = m + chunk * 8;
     const uint32_t from = staging + row * 128 + ((chunk ^ (row & 7)) << 4);
+    const Column<T> out(params, expert, column);
+    const int rows = column < params.columns ? params.rows : 0;
 #pragma unroll
     for (int step = 0; step < G::kN / 32; ++step) {
       const uint32_t buffer = step % 2 * 4096;
 #pragma unroll
       for (int i = 0; i < 2; ++i) stage_blocks<G>(accumulators, 4 * step + 2 * i, to + buffer + i * 2048);
       ptx::named_barrier_sync(barrier, 128);
+      uint32_t v[2][4];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) ptx::load_shared_16(v[i], from + buffer + i * 2048);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        uint32_t v[4];
-        ptx::load_shared_16(v, from + buffer + i * 2048);
         const int out_row = n + step * 32 + i * 16 + row;
-        if (out_row < params.rows && column < params.columns)
-          store_16(params.template row_at<T>(expert, out_row) + column, v);
+        if (out_row < rows) store_16(out.at(out_row), v[i]);
       }
     }
   }
@@ -126,7 +143,7 @@ struct WeightGradEpilogue {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = m + row_of(0, h), first = n + 2 * (threadIdx.x & 3);
-      float* const out = params.template row_at<float>(expert, row) + first;
+      float* const out = Column<float>(params, expert, first).at(row);
       const int columns = row < params.rows ? params.columns - first : 0;
 #pragma unroll
       for (int group = 0; group < G::kN / 8; group += 8) {
@@ -152,7 +169,8 @@ struct WeightGradEpilogue {
   __device__ static void add_transposed(const Params& params, int expert, int m, int n,
                                         const float (&accumulators)[G::kN / 2]) {
     const int column = m + row_of(0, 0);
-    const bool inside[2] = {column < params.columns, column + 8 < params.columns};
+    const Column<float> weight(params, expert, column);
+    const int rows[2] = {column < params.columns ? params.rows : 0, column + 8 < params.columns ? params.rows : 0};
 #pragma unroll
     for (int block = 0; block < G::kN / 8; block += 4) {
       float* out[8];
@@ -160,18 +178,17 @@ struct WeightGradEpilogue {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int row = n + (block + i / 2) * 8 + 2 * (threadIdx.x & 3) + i % 2;
-        out[i] = params.template row_at<float>(expert, row) + column;
+        out[i] = weight.at(row);
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          if (row < params.rows && inside[h]) sums[2 * i + h] = out[i][8 * h];
+          if (row < rows[h]) sums[2 * i + h] = out[i][8 * h];
       }
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int row = n + (block + i / 2) * 8 + 2 * (threadIdx.x & 3) + i % 2;
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          if (row < params.rows && inside[h])
-            out[i][8 * h] = sums[2 * i + h] + accumulators[4 * (block + i / 2) + 2 * h + i % 2];
+          if (row < rows[h]) out[i][8 * h] = sums[2 * i + h] + accumulators[4 * (block + i / 2) + 2 * h + i % 2];
       }
     }
   }
