@@ -10,13 +10,13 @@ enum class Product : int { up, down, act_grad, input_grad, gate_up_weight_grad, 
 
 enum class Tiling : int {
   narrow,       // 64 x 64 a warpgroup, ping-pong: few rows an expert, bound by reading weights
-  cooperative,  // 128 x 256 a pair of warpgroups, in clusters of two that share an operand: least traffic
+  cooperative,  // 128 x 256 a pair of warpgroups, in clusters of two that share B: least traffic
 };
 
 struct Configuration {
   Tiling tiling;
-  int tile_rows, tile_columns;  // of the product: slots (weight gradients: output rows) by columns of B's rows
-  int cluster;                  // blocks that share an operand
+  int tile_rows, tile_columns;  // of the product: slots (weight gradients: columns of H) by columns that come from B
+  int cluster;                  // blocks that share B
 };
 
 Configuration configure(Product, const ExpertShape&);

@@ -90,6 +90,7 @@ cudaError_t resident_clusters(int* clusters) {
 
 template <class G>
 cudaError_t launch(const Arguments<G>& args, int64_t slots, cudaStream_t stream) {
+  static_assert(G::shared_bytes(1024) <= 227 * 1024);
   int clusters;
   FASTMOE_RETURN_IF_ERROR(resident_clusters<G>(&clusters));
   const int64_t row_tiles = G::kWeightGrad ? static_cast<int64_t>(args.experts) * args.m_tiles

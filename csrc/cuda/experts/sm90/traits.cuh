@@ -23,7 +23,7 @@ inline constexpr int kThreads = 384;     // two consumer warpgroups, then the pr
 inline constexpr int kOrderBarrier = 1;  // named barriers 1 and 2: whose main loop is next
 inline constexpr int kTransformBarrier = 3;
 
-// kWeightGrad: the contraction runs over an expert's slots and the product is [E, m_size, n_size]; otherwise the tile's
+// kWeightGrad: the contraction runs over an expert's slots and the product is [E, H, n_size]; otherwise the tile's
 // rows are slots. kHalves: halves of B's rows in a tile (a gate part, then an up part of the same columns).
 // kCluster 2: two blocks take tiles above each other, which share B: each loads half of it and sends it to both
 // (multicast).
@@ -75,7 +75,7 @@ struct Arguments {
   uint32_t token_multiplier;  // pair / top_k = pair * multiplier >> 32 + shift; 0: top_k is 1
   int token_shift;
   int k_size, k_halves;  // contraction: k_halves parts of k_size (weight gradients: unused)
-  int m_size, n_size;    // columns of the output (of a half of it); m_size: weight gradients alone
+  int n_size;            // columns of the product (of a half of it)
   int m_tiles, n_tiles;
   typename G::Epilogue::Params epilogue;
 

@@ -211,7 +211,6 @@ cudaError_t run_weight_grad(const WeightGradParams& p, const void* gathered, con
   args.gathered_columns = shape.hidden;
   args.slot_scale = slot_scale;
   args.claimed = p.claimed;
-  args.m_size = static_cast<int>(shape.hidden);
   args.n_size = static_cast<int>(columns);
   args.m_tiles = static_cast<int>(ceil_div(shape.hidden, G::kM));
   args.n_tiles = static_cast<int>(ceil_div(columns, G::kN));
