@@ -35,15 +35,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t word) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half22float2(reinterpret_cast<const __half2&>(word));
-  } else {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u)};
-  }
-}
-
 // An accumulator's bits. The compiler sees no plain cast here: it would carry the accumulators as integers through the
 // main loop, and the moves would make the wgmmas wait for each other.
 __device__ __forceinline__ uint32_t bits_of(float accumulator) {

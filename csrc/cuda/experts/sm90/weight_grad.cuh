@@ -90,13 +90,21 @@ cudaError_t run_weight_grad(const WeightGradParams& p, Arguments<G>& args, int64
 
 template <typename T, bool kAdds>
 cudaError_t run_gate_up_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
-  using G = Gemm<T, Load::columns, Load::gathered_columns, true, 256, 1, true, 2, WeightGradEpilogue<kAdds>>;
+  using G = Gemm<T, Load::columns, Load::gathered_columns, true, 256, 1, true, 2, WeightGradEpilogue<kAdds>, true>;
   const ExpertShape& shape = p.shape;
   Arguments<G> args = arguments<G>(shape, p.plan);
   FASTMOE_RETURN_IF_ERROR(encode(&args.a_map, slots_view(shape, p.left, shape.up_rows(), 1), 64));
   args.gathered = p.right;
   args.gathered_columns = shape.hidden;
   args.slot_scale = shape.weight_on_input ? p.plan.weights : nullptr;
+  args.sum = {p.grad_rows,
+              p.grad_hidden,
+              p.plan.token_slot,
+              args.slot_scale,
+              static_cast<uint32_t>(shape.tokens),
+              static_cast<uint32_t>(shape.hidden),
+              static_cast<uint32_t>(shape.top_k),
+              p.sum_blocks};
   return run_weight_grad(p, args, shape.up_rows(), shape.hidden, is_gated(shape.activation) && shape.interleaved,
                          stream);
 }
