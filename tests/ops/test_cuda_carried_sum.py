@@ -1,5 +1,5 @@
-"""The sum of the slots' input gradients into tokens by some blocks of the gate-and-up weight gradient's kernel: the bits
-of both are those of the one without the other."""
+"""The sum of the slots' input gradients into tokens by some blocks of the gate-and-up weight gradient's kernel: the
+bits of both are those of the one without the other."""
 
 from __future__ import annotations
 

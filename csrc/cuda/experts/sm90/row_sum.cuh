@@ -40,6 +40,7 @@ struct RowSummer {
   const RowSum& p;
   const uint32_t columns, token_step, column_step;  // columns: in whole chunks
   const uint32_t lane, shared;
+  const uint64_t policy;
   Place asked, added;     // the next to be asked for, and to be added
   int32_t slot;           // lane i: of row i of `asked`
   float weight;           // the same, and
@@ -52,7 +53,8 @@ struct RowSummer {
         token_step(p.blocks * kWarps / (columns / kChunk) * kTokens),
         column_step(p.blocks * kWarps % (columns / kChunk) * kChunk),
         lane(lane_id()),
-        shared(shared + threadIdx.x * 16) {
+        shared(shared + threadIdx.x * 16),
+        policy(ptx::evict_first()) {
     const uint32_t warp = block * kWarps + __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0);
     asked = added = {warp / (columns / kChunk) * kTokens, warp % (columns / kChunk) * kChunk, 0};
     look_up();
@@ -83,8 +85,8 @@ struct RowSummer {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
       const int32_t from = __shfl_sync(kAllLanes, slot, i);
-      ptx::copy_async_16(to + i * kThreads * 16, rows + uint64_t{static_cast<uint32_t>(max(from, 0))} * row_bytes,
-                         from >= 0 && inside);
+      ptx::copy_async_once_16(to + i * kThreads * 16, rows + uint64_t{static_cast<uint32_t>(max(from, 0))} * row_bytes,
+                              from >= 0 && inside, policy);
     }
     ptx::copy_async_commit();
     advance(asked);
@@ -123,7 +125,7 @@ struct RowSummer {
 
   __device__ __forceinline__ void run() {
     constexpr uint32_t kStepBytes = RowSum::kSharedBytes / kSteps;
-#pragma unroll
+#pragma unroll 1
     for (int i = 1; i < kSteps; ++i) ask(shared + i * kStepBytes);
     for (uint32_t at = 0; added.token < p.tokens;) {
       ask(shared + at);
