@@ -35,6 +35,16 @@ __device__ __forceinline__ T from_acc(Acc<T> x) {
   }
 }
 
+// Two elements of a 16-bit type.
+template <typename T>
+__device__ __forceinline__ float2 unpack(uint32_t word) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(reinterpret_cast<const __half2&>(word));
+  } else {
+    return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u)};
+  }
+}
+
 template <typename T, int N>
 struct alignas(sizeof(T) * N) Vec {
   T v[N];

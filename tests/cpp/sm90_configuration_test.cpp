@@ -43,11 +43,43 @@ TEST(sm90_decode_takes_narrow_tiles_and_training_does_not) {
   }
 }
 
+TEST(sm90_input_gradients_are_summed_by_whole_clusters_beside_most_tiles) {
+  for (int64_t tokens : {4096, 16384, 40960})
+    for (int64_t hidden : {768, 2048, 4096})
+      for (int64_t size : {8, 128, 768, 14336})
+        for (int experts : {8, 128})
+          for (int multiprocessors : {1, 2, 3, 78, 114, 131, 132}) {
+            const int blocks = sum_blocks(shape_of(tokens, hidden, size, experts, 8), multiprocessors);
+            CHECK(blocks >= 0 && blocks % 2 == 0 && 2 * blocks <= multiprocessors);
+          }
+}
+
+TEST(sm90_long_rows_of_few_flops_take_more_multiprocessors_to_sum) {
+  const auto fine = shape_of(40960, 768, 256, 128, 8), coarse = shape_of(40960, 768, 1024, 32, 2);
+  CHECK(sum_blocks(coarse, 132) > 0);
+  CHECK(sum_blocks(fine, 132) > sum_blocks(coarse, 132));
+  CHECK(sum_blocks(fine, 132) <= 132 / 4);
+}
+
+TEST(sm90_few_rows_are_summed_alone) {
+  CHECK(sum_blocks(shape_of(0, 2048, 768, 128, 8), 132) == 0);
+  CHECK(sum_blocks(shape_of(64, 2048, 768, 128, 8), 132) == 0);
+  CHECK(sum_blocks(shape_of(2047, 2048, 768, 128, 8), 132) == 0);  // just below 64 MiB
+}
+
+TEST(sm90_sum_beside_tiles_is_explained) {
+  const auto sums = shape_of(16384, 2048, 768, 128, 8), alone = shape_of(64, 2048, 768, 128, 8);
+  const auto words = explain(Product::gate_up_weight_grad, sums, 132);
+  CHECK(words.find(std::to_string(sum_blocks(sums, 132)) + " of 132 multiprocessors sum") != std::string::npos);
+  CHECK(explain(Product::gate_up_weight_grad, alone, 132).find("summed into tokens before it") != std::string::npos);
+  CHECK(explain(Product::down_weight_grad, sums, 132).find("sum the slots'") == std::string::npos);
+}
+
 TEST(sm90_choice_is_explained) {
   for (Product product : kProducts) {
     const auto shape = shape_of(8192, 4096, 14336, 8, 2);
     const auto c = configure(product, shape);
-    const auto words = explain(product, shape);
+    const auto words = explain(product, shape, 132);
     CHECK(words.find(std::to_string(c.tile_rows) + "x" + std::to_string(c.tile_columns)) != std::string::npos);
     CHECK(words.find("2048 rows an expert") != std::string::npos);
   }

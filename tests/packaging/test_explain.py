@@ -69,6 +69,18 @@ def test_every_product_of_every_shape(device, dtype, monkeypatch):
 
 
 @built
+@pytest.mark.skipif(not _C.build_info()["hopper"], reason="fastmoe_cpp was built without the Hopper kernels")
+def test_who_sums_the_input_gradients(monkeypatch):
+    monkeypatch.delenv("FASTMOE_CPP_PATH", raising=False)
+    training, decoding = (
+        explain.explain(sizes, "bfloat16", "swiglu", explain.KNOWN["h100"])
+        for sizes in ((16384, 2048, 768, 128, 8), (64, 2048, 768, 128, 8))
+    )
+    assert "of 132 multiprocessors sum the slots' input gradients into tokens meanwhile" in training[5]
+    assert "input gradients are summed into tokens before it" in decoding[5]
+
+
+@built
 def test_the_environment_s_wish_and_a_bad_one(capsys, monkeypatch):
     monkeypatch.setenv("FASTMOE_CPP_PATH", "portable")
     code, out, _ = run(capsys, "64,64,64,4,2", "--device", "h100")

@@ -76,6 +76,11 @@ struct WeightGradParams {
   void *grad, *grad_bias;      // gate_up: [E, up_rows, H], [E, up_rows]; down: [E, H, I], [E, H]; null where not wanted
   bool adds = false;           // sm90: grad is float32, and the gradient is added to it (before any rounding)
   int32_t* claimed = nullptr;  // sm90: a counter, at first 0, for this launch alone; needed with grad
+  // sm90, gate_up with grad: so many blocks (sum_blocks) also write grad_hidden[t] [T, H], the sum over k of
+  // scale(s) * grad_rows[s], s = token_slot[t, k]: the bits of combine().
+  int sum_blocks = 0;
+  const void* grad_rows = nullptr;
+  void* grad_hidden = nullptr;
 };
 
 #define FASTMOE_EXPERT_LAUNCHES                                           \

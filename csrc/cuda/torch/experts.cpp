@@ -12,6 +12,7 @@
 #include "../experts/portable/portable.h"
 #include "../experts/portable/rows.h"
 #ifdef FASTMOE_SM90
+#include "../experts/sm90/config.h"
 #include "../experts/sm90/supports.h"
 #endif
 #include "launch.h"
@@ -28,6 +29,7 @@ struct Launches {
   cudaError_t (*input_grad)(const InputGradParams&, cudaStream_t);
   cudaError_t (*gate_up_weight_grad)(const WeightGradParams&, cudaStream_t);
   cudaError_t (*down_weight_grad)(const WeightGradParams&, cudaStream_t);
+  int (*sum_blocks)(const ExpertShape&, int multiprocessors);
   bool hopper;  // takes WeightGradParams::adds, needs its counter
 };
 
@@ -39,6 +41,7 @@ const Launches kPortable{
     portable::input_grad,
     portable::gate_up_weight_grad,
     portable::down_weight_grad,
+    [](const ExpertShape&, int) { return 0; },
     false};
 #ifdef FASTMOE_SM90
 const Launches kHopper{sm90::up,
@@ -48,6 +51,7 @@ const Launches kHopper{sm90::up,
                        sm90::input_grad,
                        sm90::gate_up_weight_grad,
                        sm90::down_weight_grad,
+                       sm90::sum_blocks,
                        true};
 #endif
 
@@ -267,12 +271,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
                                stream));
     }
   }
+  Tensor grad_rows;
+  int sum_blocks = 0;  // of the next kernel, that sum grad_rows into grad_hidden
   if (want_rows) {
-    const Tensor grad_rows = o.slot_rows(o.shape.hidden);
+    grad_rows = o.slot_rows(o.shape.hidden);
     C10_CUDA_CHECK(run.input_grad(
         {o.shape, o.plan, grad_pre.const_data_ptr(), o.gate_up.const_data_ptr(), grad_rows.mutable_data_ptr()},
         stream));
-    if (want_hidden) sum_into_tokens(o, weight_on_input, grad_rows, grad_hidden, stream);
+    if (want_hidden && want_gate_up) {
+      sum_blocks = run.sum_blocks(o.shape, at::cuda::getCurrentDeviceProperties()->multiProcessorCount);
+    }
+    if (want_hidden && sum_blocks == 0) sum_into_tokens(o, weight_on_input, grad_rows, grad_hidden, stream);
     if (weight_on_input && want_weights) {
       CombineBackwardParams p{};
       p.dtype = o.shape.dtype;
@@ -292,7 +301,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
   if (want_gate_up || want_gate_up_bias) {
     C10_CUDA_CHECK(run.gate_up_weight_grad(
         {o.shape, o.plan, grad_pre.const_data_ptr(), o.hidden.const_data_ptr(), grad_gate_up.pointer(),
-         pointer(want_gate_up_bias, grad_gate_up_bias), grad_gate_up.adds, counter(1)},
+         pointer(want_gate_up_bias, grad_gate_up_bias), grad_gate_up.adds, counter(1), sum_blocks,
+         data_or_null(grad_rows), pointer(sum_blocks > 0, grad_hidden)},
         stream));
   }
   return result();

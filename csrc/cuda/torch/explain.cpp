@@ -41,7 +41,7 @@ std::vector<std::string> explain_experts(std::string_view dtype, int64_t tokens,
   for (int i = 0; i < 6; ++i) {
 #ifdef FASTMOE_SM90
     if (choice.path == Path::hopper) {
-      lines.push_back(sm90::explain(static_cast<sm90::Product>(i), shape));
+      lines.push_back(sm90::explain(static_cast<sm90::Product>(i), shape, device.multiprocessors));
       continue;
     }
 #endif

@@ -25,6 +25,13 @@ const char* name_of(Product product) {
   return kNames[static_cast<int>(product)];
 }
 
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Below, a launch costs about as much as the sum.
+constexpr int64_t kFewSumBytes = int64_t{64} << 20;
+// A microsecond, a multiprocessor: bytes of the sum beside tiles, and of the sum alone on the GPU; FLOPs of tiles.
+constexpr double kSumRate = 60e3, kSumRateAlone = 20e3, kTileRate = 4.5e6;
+
 }  // namespace
 
 Configuration configure(Product product, const ExpertShape& shape) {
@@ -32,15 +39,44 @@ Configuration configure(Product product, const ExpertShape& shape) {
   return {Tiling::cooperative, 128, 256, 2};
 }
 
-std::string explain(Product product, const ExpertShape& shape) {
+// The tiles come in rounds: a cluster fewer may cost a round, or nothing. What takes the sum beside the tiles least time is
+// taken, if that is less than one after the other.
+int sum_blocks(const ExpertShape& shape, int multiprocessors) {
+  const int64_t slots = shape.slots(), rows = shape.up_rows(), columns = shape.hidden;
+  if (slots * columns * 2 < kFewSumBytes) return 0;
+  const Configuration c = configure(Product::gate_up_weight_grad, shape);
+  const int64_t tiles = ceil_div(columns, c.tile_rows) * ceil_div(rows, c.tile_columns) * shape.experts;
+  const int64_t turns = ceil_div(tiles, c.cluster);
+  const double tile_time = 2.0 * slots * rows * columns / turns / (kTileRate * c.cluster);
+  const auto time_of_tiles = [&](int blocks) {
+    return tile_time * ceil_div(turns, (multiprocessors - blocks) / c.cluster);
+  };
+  const double bytes = 2.0 * (slots + shape.tokens) * columns, alone = bytes / (kSumRateAlone * multiprocessors);
+  int best = 0;
+  double least = multiprocessors < 2 * c.cluster ? 0 : alone + time_of_tiles(0);
+  for (int blocks = c.cluster; 2 * blocks <= multiprocessors; blocks += c.cluster) {
+    const double time = std::max({bytes / (kSumRate * blocks), alone, time_of_tiles(blocks)});
+    if (time < least) best = blocks, least = time;
+  }
+  return best;
+}
+
+std::string explain(Product product, const ExpertShape& shape, int multiprocessors) {
   const Configuration c = configure(product, shape);
   const std::string rows = std::to_string(rows_an_expert(shape)) + " rows an expert";
   const std::string tile = std::to_string(c.tile_rows) + "x" + std::to_string(c.tile_columns);
   const std::string words =
       std::string(name_of(product)) + ": " + tile +
       (c.tiling == Tiling::narrow ? " ping-pong, " : " cooperative, clusters of " + std::to_string(c.cluster) + ", ");
-  if (product == Product::gate_up_weight_grad || product == Product::down_weight_grad)
-    return words + "sums over " + rows + "; tiles of uneven experts are claimed from a counter";
+  if (product == Product::gate_up_weight_grad || product == Product::down_weight_grad) {
+    const std::string tiles = "sums over " + rows + "; tiles of uneven experts are claimed from a counter";
+    if (product == Product::down_weight_grad) return words + tiles;
+    const int blocks = sum_blocks(shape, multiprocessors);
+    if (blocks == 0) return words + tiles + "; the slots' input gradients are summed into tokens before it";
+    return words + tiles + "; " + std::to_string(blocks) + " of " + std::to_string(multiprocessors) +
+           " multiprocessors sum the slots' input gradients into tokens meanwhile, bound by memory beside tiles that are "
+           "not";
+  }
   if (!has_narrow_tiles(product)) return words + rows + "; this product has no other tiles";
   return words + rows + (c.tiling == Tiling::narrow ? ", at most " : ", more than ") + std::to_string(kFewRows);
 }

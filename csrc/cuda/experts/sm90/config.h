@@ -20,6 +20,11 @@ struct Configuration {
 };
 
 Configuration configure(Product, const ExpertShape&);
-std::string explain(Product, const ExpertShape&);  // one line
+
+// Blocks of gate_up_weight_grad's kernel, one a multiprocessor, that sum the slots' input gradients into tokens beside
+// its tiles; 0: the sum is better off alone.
+int sum_blocks(const ExpertShape&, int multiprocessors);
+
+std::string explain(Product, const ExpertShape&, int multiprocessors);  // one line
 
 }  // namespace fastmoe_cpp::cuda::sm90

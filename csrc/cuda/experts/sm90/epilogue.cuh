@@ -35,15 +35,6 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
   }
 }
 
-template <typename T>
-__device__ __forceinline__ float2 unpack(uint32_t word) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half22float2(reinterpret_cast<const __half2&>(word));
-  } else {
-    return {__uint_as_float(word << 16), __uint_as_float(word & 0xFFFF0000u)};
-  }
-}
-
 // An accumulator's bits. The compiler sees no plain cast here: it would carry the accumulators as integers through the
 // main loop, and the moves would make the wgmmas wait for each other.
 __device__ __forceinline__ uint32_t bits_of(float accumulator) {
@@ -52,8 +43,16 @@ __device__ __forceinline__ uint32_t bits_of(float accumulator) {
   return bits;
 }
 
+// kOnce: leaves the L2 cache first.
+template <bool kOnce = false>
 __device__ __forceinline__ void store_16(void* destination, const uint32_t (&v)[4]) {
-  *reinterpret_cast<uint4*>(destination) = make_uint4(v[0], v[1], v[2], v[3]);
+  uint4* const to = static_cast<uint4*>(destination);
+  const uint4 value = make_uint4(v[0], v[1], v[2], v[3]);
+  if constexpr (kOnce) {
+    __stcs(to, value);
+  } else {
+    *to = value;
+  }
 }
 
 // Four instructions; relative error about 2^-22.
@@ -119,11 +118,11 @@ __device__ __forceinline__ void pack_tile(const float (&accumulators)[G::kN / 2]
 }
 
 // Stores 32 columns of one row half, a word of each of four blocks; `row` points to the first.
-template <typename T>
+template <bool kOnce = false, typename T>
 __device__ __forceinline__ void store_group(uint32_t (&v)[4], T* row, int column, int columns, bool valid) {
   transpose_quad(v);
   const int quad = threadIdx.x & 3;
-  if (valid && column + quad * 8 < columns) store_16(row + quad * 8, v);
+  if (valid && column + quad * 8 < columns) store_16<kOnce>(row + quad * 8, v);
 }
 
 // The same from blocks `block` to block + 3 of a packed tile.
@@ -137,7 +136,7 @@ __device__ __forceinline__ void store_group(const uint32_t (&words)[kCount], int
 }
 
 // The same from accumulators.
-template <typename T, int kCount>
+template <bool kOnce, typename T, int kCount>
 __device__ __forceinline__ void store_group(const float (&accumulators)[kCount], int block, int h, T* row, int column,
                                             int columns, bool valid) {
   uint32_t v[4];
@@ -145,7 +144,7 @@ __device__ __forceinline__ void store_group(const float (&accumulators)[kCount],
   for (int i = 0; i < 4; ++i) {
     v[i] = pack<T>(accumulators[4 * (block + i) + 2 * h], accumulators[4 * (block + i) + 2 * h + 1]);
   }
-  store_group(v, row, column, columns, valid);
+  store_group<kOnce>(v, row, column, columns, valid);
 }
 
 // What an epilogue fetches before the main loop.

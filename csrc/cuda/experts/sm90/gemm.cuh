@@ -117,7 +117,7 @@ __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule
   std::conditional_t<kPacks, Packed<G>, int> words;
   Tile held;
   bool holds = false;
-  for (Walk<G> walk; walk.index < schedule.total(args.experts); walk.next(schedule, ring)) {
+  for (Walk<G> walk; walk.index < schedule.total(args.experts); walk.next(args, schedule, ring)) {
     if (!G::kCooperative && (walk.turn & 1) != group) {
       position.skip(k_blocks_of(args, Tile{}));
       continue;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void consume(const Arguments<G>& args, const Schedule
       }
       continue;
     }
-    const bool hands_over = !G::kCooperative && walk.index + Walk<G>::step() < schedule.total(args.experts);
+    const bool hands_over = !G::kCooperative && walk.index + Walk<G>::step(args) < schedule.total(args.experts);
     if constexpr (kPacks) {
       if (kHolds && holds && k_blocks < G::Epilogue::template kSteps<G>) {
         store_all<G>(args, held, first_row, words);
@@ -195,6 +195,13 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
     ptx::tma_prefetch_descriptor(&args.b_map);
   }
   ptx::wait_for_previous_kernel();
+  if constexpr (G::kCarriesSum) {
+    if (blockIdx.x >= gridDim.x - args.sum.blocks) {  // whole clusters, to which nobody sends
+      ptx::launch_next_kernel();
+      static_assert(RowSum::kSharedBytes <= G::kStages * G::kStageBytes);
+      return sum_slots<typename G::T>(args.sum, gridDim.x - 1 - blockIdx.x, ring.stages);
+    }
+  }
   const Schedule schedule = Schedule::build<G, kThreads>(reinterpret_cast<int*>(barriers + G::kBarriers),
                                                          args.expert_offsets, args.experts, args.m_tiles, args.n_tiles);
   ptx::launch_next_kernel();

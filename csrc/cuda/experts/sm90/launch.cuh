@@ -102,7 +102,9 @@ cudaError_t launch(const Arguments<G>& args, int64_t slots, cudaStream_t stream)
   attributes[1].id = cudaLaunchAttributeClusterDimension;
   attributes[1].val.clusterDim = {G::kCluster, 1, 1};
   cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(clusters, row_tiles * args.n_tiles)) * G::kCluster);
+  const int summing = args.sum.blocks / G::kCluster;
+  const int64_t walking = std::min<int64_t>(std::max(clusters - summing, 1), row_tiles * args.n_tiles);
+  config.gridDim = dim3(static_cast<unsigned>(walking + summing) * G::kCluster);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = G::shared_bytes(args.experts);
   config.stream = stream;

@@ -114,6 +114,7 @@ cudaError_t act_grad(const ActGradParams& p, cudaStream_t stream) {
 
 cudaError_t gate_up_weight_grad(const WeightGradParams& p, cudaStream_t stream) {
   const int64_t rows = p.shape.up_rows();
+  if (p.sum_blocks > 0 && (p.grad == nullptr || p.shape.slots() == 0)) return cudaErrorInvalidValue;
   if (p.shape.slots() == 0) return zero_weight_grad(p, rows, p.shape.hidden, stream);
   return with_dtype(p.shape, [&](auto zero) {
     using T = decltype(zero);

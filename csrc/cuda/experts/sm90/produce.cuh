@@ -188,7 +188,7 @@ struct ColumnGather {
 template <class G>
 __device__ __forceinline__ void load_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   Position<G::kStages> position;
-  for (Walk<G> walk; walk.index < schedule.total(args.experts); walk.next(schedule, ring)) {
+  for (Walk<G> walk; walk.index < schedule.total(args.experts); walk.next(args, schedule, ring)) {
     const Tile tile = find_tile(args, schedule, walk.index);
     const int k_blocks = k_blocks_of(args, tile), blocks = k_blocks + input_blocks_of(args, tile);
     if (ptx::elect()) {
@@ -227,7 +227,7 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
     const auto look_ahead = [&] {
       if (asks) walk.tell(ring, answer);
       __syncwarp();
-      walk.next(schedule, ring);
+      walk.next(args, schedule, ring);
       more = walk.index < schedule.total(args.experts);
       if (more) {
         next = find_tile(args, schedule, walk.index);
@@ -267,7 +267,7 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
 template <class G>
 __device__ __forceinline__ void publish_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   Position<G::kStages> position;
-  for (Walk<G> walk; walk.index < schedule.total(args.experts); walk.next(schedule, ring)) {
+  for (Walk<G> walk; walk.index < schedule.total(args.experts); walk.next(args, schedule, ring)) {
     const Tile tile = find_tile(args, schedule, walk.index);
     const int blocks = k_blocks_of(args, tile) + input_blocks_of(args, tile);
     if ((threadIdx.x & 31) == 0) {

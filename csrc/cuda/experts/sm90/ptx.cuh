@@ -120,9 +120,29 @@ __device__ __forceinline__ void copy_async_16(uint32_t destination, const void* 
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(destination), "l"(source) : "memory");
 }
 
+// The same where `valid`, of what nobody reads again: the first to leave the L2 cache. `policy` from evict_first().
+__device__ __forceinline__ uint64_t evict_first() {
+  uint64_t policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void copy_async_once_16(uint32_t destination, const void* source, bool valid,
+                                                   uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(destination),
+               "l"(source), "r"(valid ? 16 : 0), "l"(policy)
+               : "memory");
+}
+
 // One arrival (of those the barrier was made for) once all copies of this thread so far have been written.
 __device__ __forceinline__ void copy_async_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// By hand where no barrier waits for them: closes a group of this thread's copies; waits for all but the last kGroups.
+__device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kGroups>
+__device__ __forceinline__ void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
 // Orders ordinary and cp.async shared-memory writes that this thread made, or knows of through a barrier, before its

@@ -1,5 +1,5 @@
 // Which tile of the output a block computes next. The number of rows of every expert is known on the device alone, so
-// each block lays out all tiles from expert_offsets and takes every gridDim.x-th. The weight gradients' tiles are as long
+// each block lays out all tiles from expert_offsets and, one of n, takes every n-th. The weight gradients' tiles are as long
 // as their expert has slots: where those are uneven the experts go by falling number of slots, and a cluster that has done
 // one tile claims the next from a counter, so that they all end together. (Even, claims cost more than they save: 1.5% of
 // the six products.)

@@ -1,5 +1,6 @@
 // What describes one instantiation of the grouped GEMM, its arguments, and its ring of shared-memory stages.
 #pragma once
+#include "row_sum.cuh"
 #include "schedule.cuh"
 
 namespace fastmoe_cpp::cuda::sm90 {
@@ -19,7 +20,6 @@ __host__ __device__ constexpr bool is_mn_major(Load load) {
 
 inline constexpr int kBlockK = 64;       // elements of the contraction a stage: one 128-byte swizzled row
 inline constexpr int kBoxBytes = 8192;   // 64 x 64 elements
-inline constexpr int kThreads = 384;     // two consumer warpgroups, then the producers' one
 inline constexpr int kOrderBarrier = 1;  // named barriers 1 and 2: whose main loop is next
 inline constexpr int kTransformBarrier = 3;
 
@@ -27,8 +27,9 @@ inline constexpr int kTransformBarrier = 3;
 // rows are slots. kHalves: halves of B's rows in a tile (a gate part, then an up part of the same columns).
 // kCluster 2: two blocks take tiles above each other, which share B: each loads half of it and sends it to both
 // (multicast).
+// kCarriesSum: some of the blocks may do a RowSum instead of tiles.
 template <typename T_, Load kA_, Load kB_, bool kCooperative_, int kN_, int kHalves_, bool kWeightGrad_, int kCluster_,
-          class Epilogue_>
+          class Epilogue_, bool kCarriesSum_ = false>
 struct Gemm {
   using T = T_;
   using Epilogue = Epilogue_;
@@ -36,6 +37,7 @@ struct Gemm {
   static constexpr bool kCooperative = kCooperative_, kWeightGrad = kWeightGrad_;
   static constexpr int kM = kCooperative ? 128 : 64, kN = kN_, kHalves = kHalves_;
   static constexpr int kRowTile = kWeightGrad ? 0 : kM;
+  static constexpr bool kCarriesSum = kCarriesSum_;
   static constexpr int kCluster = kCluster_;
   static constexpr int kBBoxRows = kN / (kHalves > kCluster ? kHalves : kCluster);  // of B that comes as Load::rows
   static_assert(kCluster == 1 || kCluster == 2);
@@ -74,6 +76,7 @@ struct Arguments {
   int n_size;            // columns of the product (of a half of it)
   int m_tiles, n_tiles;
   typename G::Epilogue::Params epilogue;
+  std::conditional_t<G::kCarriesSum, RowSum, NoSum> sum;
 
   __device__ __forceinline__ int token_of(int pair) const {
     return token_multiplier == 0 ? pair : static_cast<int>(__umulhi(pair, token_multiplier) >> token_shift);
@@ -139,17 +142,20 @@ __device__ __forceinline__ Tile find_tile(const Arguments<G>& args, const Schedu
   return schedule.find<G>(index, experts, m_tiles, n_tiles);
 }
 
-// The tiles of this cluster, one after another: every gridDim'th, or the first so and then what it claims. Every warp
+// The tiles of this cluster, one after another: every step()'th, or the first so and then what it claims. Every warp
 // walks them all.
 template <class G>
 struct Walk {
   int index = blockIdx.x / G::kCluster;
   int turn = 0;
 
-  static __device__ __forceinline__ int step() { return gridDim.x / G::kCluster; }
+  // The clusters that take tiles.
+  static __device__ __forceinline__ int step(const Arguments<G>& args) {
+    return (gridDim.x - args.sum.blocks) / G::kCluster;
+  }
 
   // By whole warps.
-  __device__ __forceinline__ void next(const Schedule& schedule, const Ring& ring) {
+  __device__ __forceinline__ void next(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
     if (G::kClaims && schedule.uneven) {
       const Claim<G> claim(ring, turn & 1);
       ptx::barrier_wait(claim.full, turn >> 1 & 1);
@@ -157,7 +163,7 @@ struct Walk {
       __syncwarp();
       if ((threadIdx.x & 31) == 0) ptx::barrier_arrive_in(claim.empty, 0);
     } else {
-      index += step();
+      index += step(args);
     }
     ++turn;
   }
@@ -167,7 +173,7 @@ struct Walk {
   __device__ __forceinline__ void expect(const Ring& ring) const {
     ptx::barrier_arrive_expect(Claim<G>(ring, turn & 1).full, 4);
   }
-  __device__ __forceinline__ int ask(const Arguments<G>& args) const { return step() + atomicAdd(args.claimed, 1); }
+  __device__ __forceinline__ int ask(const Arguments<G>& args) const { return step(args) + atomicAdd(args.claimed, 1); }
   __device__ __forceinline__ void tell(const Ring& ring, int answer) const {
     const Claim<G> claim(ring, turn & 1);
     ptx::barrier_wait(claim.empty, (turn >> 1 & 1) ^ 1);

@@ -44,10 +44,10 @@ struct UpEpilogue {
 #pragma unroll
         for (int b = 0; b < kColumns / 8; b += 4) {
           const int c = column + b * 8;
-          store_group<T>(accumulators, b, h, pre + b * 8, c, intermediate, row < tile.rows);
+          store_group<true, T>(accumulators, b, h, pre + b * 8, c, intermediate, row < tile.rows);
           if constexpr (kGated) {
-            store_group<T>(accumulators, b + kColumns / 8, h, pre + intermediate + b * 8, c, intermediate,
-                           row < tile.rows);
+            store_group<true, T>(accumulators, b + kColumns / 8, h, pre + intermediate + b * 8, c, intermediate,
+                                 row < tile.rows);
           }
         }
       }
@@ -69,7 +69,7 @@ struct UpEpilogue {
                 value_of<kActivation>(accumulators[gate], accumulators[up], params.alpha, params.limit),
                 value_of<kActivation>(accumulators[gate + 1], accumulators[up + 1], params.alpha, params.limit));
           }
-          store_group(v, act + b * 8, column + b * 8, intermediate, row < tile.rows);
+          store_group<true>(v, act + b * 8, column + b * 8, intermediate, row < tile.rows);
         }
       }
     });

@@ -194,9 +194,10 @@ struct WeightGradEpilogue {
   }
 };
 
+// That of gate_up, kTransposes, carries the sum of grad_rows.
 template <typename T, bool kTransposes, bool kAdds>
-using WeightGrad =
-    Gemm<T, Load::gathered_columns, Load::columns, true, 256, 1, true, 2, WeightGradEpilogue<kTransposes, kAdds>>;
+using WeightGrad = Gemm<T, Load::gathered_columns, Load::columns, true, 256, 1, true, 2,
+                        WeightGradEpilogue<kTransposes, kAdds>, kTransposes>;
 
 // `gathered` [T, H]; `factor` [P, columns].
 template <class G>
@@ -215,6 +216,16 @@ cudaError_t run_weight_grad(const WeightGradParams& p, const void* gathered, con
   args.m_tiles = static_cast<int>(ceil_div(shape.hidden, G::kM));
   args.n_tiles = static_cast<int>(ceil_div(columns, G::kN));
   args.epilogue = epilogue;
+  if constexpr (G::kCarriesSum) {
+    args.sum = {p.grad_rows,
+                p.grad_hidden,
+                p.plan.token_slot,
+                slot_scale,
+                static_cast<uint32_t>(shape.tokens),
+                static_cast<uint32_t>(shape.hidden),
+                static_cast<uint32_t>(shape.top_k),
+                p.sum_blocks};
+  }
   return launch<G>(args, shape.slots(), stream);
 }
 
