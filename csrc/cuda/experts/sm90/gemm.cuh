@@ -79,6 +79,7 @@ __device__ __forceinline__ void multiply(float (&accumulators)[G::kN / 2], const
   for (int k_block = 0; k_block < k_blocks; ++k_block) {
     const int stage = position.stage;
     ptx::barrier_wait(ring.full + stage * 8, position.phase);
+    if constexpr (G::kGathers && !G::kPublishes) ptx::proxy_fence();
     if constexpr (G::kWeightGrad) {
       const uint32_t a = ring.stages + stage * G::kStageBytes;
       fix_slots<G>(args, tile, k_block, a, a + G::kABytes, group);
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
   ring.landed = ring.empty + G::kStages * 8;
   if (threadIdx.x == 0) {
     for (int i = 0; i < G::kStages; ++i) {
-      ptx::barrier_init(ring.full + i * 8, G::kGathers ? 2 : 1);
+      ptx::barrier_init(ring.full + i * 8, G::kPublishes ? 2 : G::kGathers ? 1 + G::kGatherThreads : 1);
       ptx::barrier_init(ring.landed + i * 8, G::kGatherThreads);
       ptx::barrier_init(ring.empty + i * 8, (G::kCooperative ? 8 : 4) * G::kCluster);
     }
@@ -213,8 +214,12 @@ __global__ void __launch_bounds__(kThreads, 1) grouped_gemm(const __grid_constan
   } else {
     ptx::decrease_registers<G::kProducerRegisters>();
     const int warp = __shfl_sync(0xFFFFFFFF, static_cast<int>(threadIdx.x >> 5), 0) & 3;
-    if (warp == 2) load_tiles<G>(args, schedule, ring);
-    if constexpr (G::kGathers) {
+    if constexpr (G::kGathers && !G::kPublishes) {
+      gather_tiles<G>(args, schedule, ring);
+    } else {
+      if (warp == 2) load_tiles<G>(args, schedule, ring);
+    }
+    if constexpr (G::kPublishes) {
       if (warp < 2) gather_tiles<G>(args, schedule, ring);
       if (warp == 3) publish_tiles<G>(args, schedule, ring);
     }

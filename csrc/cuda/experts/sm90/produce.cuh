@@ -126,38 +126,37 @@ struct RowGather {
 template <class G>
 struct ColumnGather {
   static constexpr int kRows = kBlockK / G::kRowsACopy, kBoxes = G::kM / 64;
-  static_assert(kRows == 8);
-  // A warp's slots of a block are 8 i + r + 4 warp, r < 4, of which lane l looks up that with 4 i + r = l for all lanes,
-  // two blocks early.
-  int ahead[2];              // pairs in the first two blocks of the tile to come
-  int pairs[2];              // in the two blocks to come
-  const uint4* base;         // this thread's first elements, but for the row
-  int columns;               // so many from there on
-  bool whole;                // all columns of the tile are there
+  static_assert(kRows == 4);
+  // A warp's slots of a block are 16 i + 4 warp + r, i and r < 4; lane l looks up that with 4 i + r = l % 16, of the first
+  // of two blocks for l < 16 and of the second for the others.
+  int ahead;                 // pair in the first two blocks of the tile to come
+  int pair;                  // in the two blocks after those at hand
+  uint32_t offset;           // of its row in those at hand, in units of 8 elements
+  const uint4* base;         // a row's first element of this thread, but for the row
+  bool whole;                // all columns are there
   const uint4* rows[kRows];  // of the block to come
 
   __device__ __forceinline__ int look_up(const Arguments<G>& args, const Tile& tile, int k_block) const {
-    const int lane = threadIdx.x & 31;
-    const int slot = k_block * kBlockK + (lane >> 2) * 8 + (lane & 3) + ((threadIdx.x >> 5) & 1) * 4;
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+    const int slot = (k_block + (lane >> 4)) * kBlockK + ((lane >> 2) & 3) * 16 + warp * 4 + (lane & 3);
     return slot < tile.rows ? args.slot_index[tile.first + slot] : 0;
   }
-  __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) {
-    ahead[0] = look_up(args, tile, 0), ahead[1] = look_up(args, tile, 1);
-  }
+  __device__ __forceinline__ void fetch(const Arguments<G>& args, const Tile& tile) { ahead = look_up(args, tile, 0); }
   __device__ __forceinline__ void begin(const Arguments<G>& args, const Tile& tile) {
-    pairs[0] = ahead[0], pairs[1] = ahead[1];
+    pair = ahead;
     base = static_cast<const uint4*>(args.gathered) + tile.m * (G::kM / 8) + (threadIdx.x & 7);
     asm("" : "+l"(base));  // opaque, or the compiler adds up its parts for every row
-    columns = static_cast<int>(args.gathered_columns) - tile.m * G::kM - static_cast<int>(threadIdx.x & 7) * 8;
-    whole = (tile.m + 1) * G::kM <= static_cast<int>(args.gathered_columns);
+    whole = (tile.m + 1) * G::kM <= args.gathered_columns;
   }
   // Before the wait for the stage: finding its rows takes as long as its copies.
   __device__ __forceinline__ void prepare(const Arguments<G>& args, const Tile& tile, int k_block) {
-    const uint32_t offset =
-        static_cast<uint32_t>(args.token_of(pairs[0])) * static_cast<uint32_t>(args.gathered_columns >> 3);
-    pairs[0] = pairs[1], pairs[1] = look_up(args, tile, k_block + 2);
+    if (k_block % 2 == 0) {
+      offset = static_cast<uint32_t>(args.token_of(pair)) * static_cast<uint32_t>(args.gathered_columns >> 3);
+      pair = look_up(args, tile, k_block + 2);
+    }
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) rows[i] = base + __shfl_sync(0xFFFFFFFF, offset, 4 * i + ((threadIdx.x >> 3) & 3));
+    for (int i = 0; i < kRows; ++i)
+      rows[i] = base + __shfl_sync(0xFFFFFFFF, offset, k_block % 2 * 16 + 4 * i + ((threadIdx.x >> 3) & 3));
   }
   __device__ __forceinline__ void issue(const Arguments<G>& args, const Tile& tile, int k_block, uint32_t a) {
     const int row = (threadIdx.x & (G::kGatherThreads - 1)) >> 3, chunk = threadIdx.x & 7;
@@ -174,7 +173,8 @@ struct ColumnGather {
       for (int i = 0; i < kRows; ++i) {
 #pragma unroll
         for (int box = 0; box < kBoxes; ++box) {
-          const bool inside = k_block * kBlockK + row + G::kRowsACopy * i < tile.rows && box * 64 < columns;
+          const bool inside = k_block * kBlockK + row + G::kRowsACopy * i < tile.rows &&
+                              tile.m * G::kM + box * 64 + chunk * 8 < args.gathered_columns;
           ptx::copy_async_16(destination + i * G::kRowsACopy * 128 + box * kBoxBytes,
                              inside ? rows[i] + box * 8 : static_cast<const uint4*>(args.gathered), inside);
         }
@@ -207,7 +207,7 @@ __device__ __forceinline__ void load_tiles(const Arguments<G>& args, const Sched
   }
 }
 
-// Two warps: gathered rows.
+// Two or four warps: gathered rows; the four load what comes by TMA as well, by turns.
 template <class G>
 __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Schedule& schedule, const Ring& ring) {
   std::conditional_t<is_mn_major(G::kA), ColumnGather<G>, RowGather<G>> gather;
@@ -244,8 +244,13 @@ __device__ __forceinline__ void gather_tiles(const Arguments<G>& args, const Sch
       const uint32_t a = ring.stages + position.stage * G::kStageBytes;
       gather.prepare(args, tile, k_block);
       ptx::barrier_wait(ring.empty + position.stage * 8, position.phase ^ 1);
+      if constexpr (!G::kPublishes) {
+        if (ptx::elect() && (threadIdx.x >> 5 & 3) == k_block % 4)
+          load_by_tma<G>(args, tile, k_block, a, a + G::kABytes, ring.full + position.stage * 8);
+        __syncwarp();
+      }
       gather.issue(args, tile, k_block, a);
-      ptx::copy_async_arrive(ring.landed + position.stage * 8);
+      ptx::copy_async_arrive((G::kPublishes ? ring.landed : ring.full) + position.stage * 8);
       gather.advance();
       position.advance();
     }

@@ -46,11 +46,15 @@ struct Gemm {
   static constexpr int kABytes = kM * 128, kBBytes = kN * 128, kStageBytes = kABytes + kBBytes;
   static constexpr int kStages = 204800 / kStageBytes > 12 ? 12 : 204800 / kStageBytes;
   static constexpr bool kGathers = is_gathered(kA);
-  static constexpr int kGatherThreads = 64, kRowsACopy = kGatherThreads / 8;
+  // Weight gradients look up slots in every stage and need all four producer warps: consumers fence. Otherwise warps 0 and
+  // 1 gather, and a warp of its own publishes.
+  static constexpr bool kPublishes = kGathers && !kWeightGrad;
+  static_assert(!kGathers || kPublishes || Epilogue::kInputHalves == 0);
+  static constexpr int kGatherThreads = kPublishes ? 64 : 128, kRowsACopy = kGatherThreads / 8;
   // By turns, one's stores are under the other's main loop anyway.
   static constexpr bool kHolds = Epilogue::kHolds && kCooperative;
   // 504 for a thread of each warpgroup.
-  static constexpr int kProducerRegisters = !kGathers ? 40 : 88;
+  static constexpr int kProducerRegisters = !kGathers ? 40 : kWeightGrad ? 56 : 88;
   static constexpr int kConsumerRegisters = (504 - kProducerRegisters) / 2;
   static constexpr bool kClaims = kWeightGrad;                       // tiles come from a counter
   static constexpr int kBarriers = 3 * kStages + (kClaims ? 5 : 0);  // of 8 bytes, and two claims in the last of them
