@@ -175,8 +175,8 @@ struct WeightGrad {
 
   WeightGrad(bool wanted, const Tensor& weight, const OptionalTensor& main_grad, bool can_add)
       : buffer(wanted && has(main_grad) ? *main_grad : Tensor()), wanted(wanted) {
-    // The kernel reads and writes two floats at a time.
-    adds = can_add && buffer.defined() && reinterpret_cast<uintptr_t>(buffer.const_data_ptr()) % 8 == 0;
+    // The kernel reads and writes four floats at a time.
+    adds = can_add && buffer.defined() && reinterpret_cast<uintptr_t>(buffer.const_data_ptr()) % 16 == 0;
     grad = wanted && !adds ? at::empty(weight.sizes(), weight.options()) : at::empty({0}, weight.options());
   }
   void* pointer() const { return !wanted ? nullptr : adds ? buffer.mutable_data_ptr() : grad.mutable_data_ptr(); }

@@ -167,6 +167,23 @@ __device__ __forceinline__ void store_shared_16(uint32_t address, const uint32_t
                : "memory");
 }
 
+__device__ __forceinline__ float4 load_shared_float4(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, float first, float second) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(first), "f"(second) : "memory");
+}
+
 // Four 8 x 8 matrices of 2-byte elements, of which a lane holds in word i columns 2 (lane % 4) and the next of row
 // lane / 4: lane 8 i + r gives the address of 16 bytes for row r of matrix i, or kTransposes for its column r.
 template <bool kTransposes>

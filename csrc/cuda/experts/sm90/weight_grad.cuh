@@ -5,8 +5,8 @@
 
 namespace fastmoe_cpp::cuda::sm90 {
 
-// grad[e] = accumulators, or kTransposes theirs. kAdds: grad is float32, and the accumulators are added to it. Otherwise
-// they are rounded and pass through shared memory, so that whole lines are stored.
+// grad[e] = accumulators, or kTransposes theirs, rounded. kAdds: grad is float32, and the accumulators are added to it as
+// they are. They pass through shared memory, so that whole lines are read and written.
 template <bool kTransposes, bool kAdds>
 struct WeightGradEpilogue {
   static constexpr bool kHolds = false;
@@ -52,15 +52,16 @@ struct WeightGradEpilogue {
                                Position<G::kStages>&) {
     const int m = tile.m * G::kM + first_row, n = tile.n * G::kN;  // the warpgroup's 64 x kN begin here
     const uint32_t staging = ring.staging + first_row / 64 * G::kStagingBytes;
+    const int barrier = kTransformBarrier + first_row / 64;
     if constexpr (kAdds) {
       if (tile.rows == 0) return;
       if constexpr (kTransposes) {
-        add_transposed<G>(args.epilogue, tile.expert, m, n, accumulators);
+        add_transposed<G>(args.epilogue, tile.expert, m, n, accumulators, staging, barrier);
       } else {
-        add<G>(args.epilogue, tile.expert, m, n, accumulators);
+        add_rows<G>(args.epilogue, tile.expert, m, n, accumulators, staging);
       }
     } else if constexpr (kTransposes) {
-      store_transposed<G>(args.epilogue, tile.expert, m, n, accumulators, staging, kTransformBarrier + first_row / 64);
+      store_transposed<G>(args.epilogue, tile.expert, m, n, accumulators, staging, barrier);
     } else {
       store_rows<G>(args.epilogue, tile.expert, m, n, accumulators, staging);
     }
@@ -137,58 +138,83 @@ struct WeightGradEpilogue {
     }
   }
 
-  // A quad of lanes has a sector of 32 bytes of the row.
+  __device__ static float4 sum_of(float4 a, const float4& b) { return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; }
+
+  // A warp has 16 rows, 32 columns of them in shared memory: 128 bytes a row, its groups of 8 columns g at g ^ row % 4.
   template <class G>
-  __device__ static void add(const Params& params, int expert, int m, int n, const float (&accumulators)[G::kN / 2]) {
+  __device__ static void add_rows(const Params& params, int expert, int m, int n,
+                                  const float (&accumulators)[G::kN / 2], uint32_t staging) {
+    const int lane = threadIdx.x & 31, warp = (threadIdx.x >> 5) & 3;
+    const uint32_t warp_at = staging + warp * 2048;
+    const int to_row = lane >> 2;  // and the eighth after it
+    const uint32_t to = warp_at + to_row * 128 + (lane & 3) * 8;
+    const int row = lane >> 3, piece = lane & 7, first = m + warp * 16 + row;
+    const uint32_t from = warp_at + row * 128 + (((piece >> 1) ^ row) << 5) + (piece & 1) * 16;
+    float* const out = Column<float>(params, expert, n + piece * 4).at(first);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const int row = m + row_of(0, h), first = n + 2 * (threadIdx.x & 3);
-      float* const out = Column<float>(params, expert, first).at(row);
-      const int columns = row < params.rows ? params.columns - first : 0;
+    for (int step = 0; step < G::kN / 32; ++step) {
+      float4 sums[4];
 #pragma unroll
-      for (int group = 0; group < G::kN / 8; group += 8) {
-        float2 sums[8];
+      for (int i = 0; i < 4; ++i) {
+        if (first + 4 * i < params.rows && n + step * 32 + piece * 4 < params.columns)
+          sums[i] = *reinterpret_cast<const float4*>(out + static_cast<int64_t>(4 * i) * params.columns + step * 32);
+      }
+      __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int c = (group + i) * 8;
-          if (c < columns) sums[i] = *reinterpret_cast<const float2*>(out + c);
+      for (int block = 0; block < 4; ++block) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const int i = 4 * (4 * step + block) + 2 * h;
+          ptx::store_shared(to + h * 1024 + ((block ^ (to_row & 3)) << 5), accumulators[i], accumulators[i + 1]);
         }
+      }
+      __syncwarp();
 #pragma unroll
-        for (int i = 0; i < 8; ++i) {
-          const int c = (group + i) * 8, from = 4 * (group + i) + 2 * h;
-          if (c < columns) {
-            *reinterpret_cast<float2*>(out + c) = {sums[i].x + accumulators[from], sums[i].y + accumulators[from + 1]};
-          }
-        }
+      for (int i = 0; i < 4; ++i) {
+        const float4 sum = sum_of(ptx::load_shared_float4(from + i * 512), sums[i]);
+        if (first + 4 * i < params.rows && n + step * 32 + piece * 4 < params.columns)
+          *reinterpret_cast<float4*>(out + static_cast<int64_t>(4 * i) * params.columns + step * 32) = sum;
       }
     }
   }
 
-  // The lanes of one quarter, lane % 4, have a sector of the weight's row.
+  // The warpgroup has 64 of the weight's columns: 16 rows of 256 bytes in shared memory, its groups of 8 columns g at
+  // g ^ row / 2 % 4, in one buffer while the other is read.
   template <class G>
   __device__ static void add_transposed(const Params& params, int expert, int m, int n,
-                                        const float (&accumulators)[G::kN / 2]) {
-    const int column = m + row_of(0, 0);
-    const Column<float> weight(params, expert, column);
-    const int rows[2] = {column < params.columns ? params.rows : 0, column + 8 < params.columns ? params.rows : 0};
+                                        const float (&accumulators)[G::kN / 2], uint32_t staging, int barrier) {
+    const int thread = threadIdx.x & 127, lane = thread & 31, warp = thread >> 5, quad = lane & 3;
+    const uint32_t to = staging + quad * 512 + (lane >> 2) * 4;
+    const int row = thread >> 4, piece = thread & 15, column = m + piece * 4;
+    const uint32_t from = staging + row * 256 + (((piece >> 1) ^ (row >> 1 & 3)) << 5) + (piece & 1) * 16;
+    const Column<float> out(params, expert, column);
+    const int rows = column < params.columns ? params.rows - n - row : 0;
 #pragma unroll
-    for (int block = 0; block < G::kN / 8; block += 4) {
-      float* out[8];
-      float sums[16];
+    for (int group = 0; group < G::kN / 16; group += 4) {
+      float4 sums[8];
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int row = n + (block + i / 2) * 8 + 2 * (threadIdx.x & 3) + i % 2;
-        out[i] = weight.at(row);
-#pragma unroll
-        for (int h = 0; h < 2; ++h)
-          if (row < rows[h]) sums[2 * i + h] = out[i][8 * h];
+        const int r = group * 16 + i * 8;
+        if (r < rows) sums[i] = *reinterpret_cast<const float4*>(out.at(n + row + r));
       }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int row = n + (block + i / 2) * 8 + 2 * (threadIdx.x & 3) + i % 2;
+      for (int step = group; step < group + 4; ++step) {
+        const uint32_t buffer = step % 2 * 4096;
 #pragma unroll
-        for (int h = 0; h < 2; ++h)
-          if (row < rows[h]) out[i][8 * h] = sums[2 * i + h] + accumulators[4 * (block + i / 2) + 2 * h + i % 2];
+        for (int block = 0; block < 2; ++block) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            ptx::store_shared(to + buffer + (8 * block + i % 2) * 256 + (((2 * warp + i / 2) ^ quad) << 5),
+                              accumulators[4 * (2 * step + block) + i]);
+          }
+        }
+        ptx::named_barrier_sync(barrier, 128);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int r = step * 16 + i * 8;
+          const float4 sum = sum_of(ptx::load_shared_float4(from + buffer + i * 2048), sums[(step - group) * 2 + i]);
+          if (r < rows) *reinterpret_cast<float4*>(out.at(n + row + r)) = sum;
+        }
       }
     }
   }
