@@ -22,6 +22,7 @@ SIZES = [  # T, H, I, E, K: aligned for the fast paths, then odd for the guarded
     (129, 40, 24, 257, 8),
     (0, 64, 64, 4, 2),
 ]
+CARRIED = (8200, 2056, 128, 4, 2)  # so many rows that the sum of their gradients runs beside a weight gradient
 
 
 def layer(sizes: tuple[int, ...], dtype: torch.dtype, activation: str, **options) -> None:
@@ -63,6 +64,7 @@ def main() -> None:
         layer(sizes, dtype, "clamped_swiglu", bias=True, interleaved=True)
         layer(sizes, dtype, "gelu", bias=True, weight_on_input=True)
         layer(sizes, dtype, "swiglu", recompute=True, capacity_factor=1.0)
+    layer(CARRIED, torch.bfloat16, "swiglu")
     torch.cuda.synchronize()
     print(f"smoke: fastmoe_cpp {fastmoe_cpp.__version__}, {len(SIZES)} sizes x {len(dtypes)} types ran")
 
