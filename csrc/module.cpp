@@ -57,9 +57,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "Which kernels a layer runs with on a GPU of these properties, and why: a line for the path, six for the products.");
 #endif
 
-  m.def("router_logits", &router_logits, "hidden_states"_a, "weight"_a, "bias"_a = py::none(),
-        "hidden_states [T, H] @ weight [E, H].T (+ bias [E]) -> [T, E] in float32, float64 if an operand is.");
-  m.def(
+  // Without the interpreter's lock, as torch.ops calls them: what an operator waits for may need it on another thread (an
+  // exchange its group's, which drops tensors that Python knows).
+  const auto def = [&m](const char* name, auto function, auto... extra) {
+    m.def(name, function, py::call_guard<py::gil_scoped_release>(), extra...);
+  };
+  def("router_logits", &router_logits, "hidden_states"_a, "weight"_a, "bias"_a = py::none(),
+      "hidden_states [T, H] @ weight [E, H].T (+ bias [E]) -> [T, E] in float32, float64 if an operand is.");
+  def(
       "route",
       [](const at::Tensor& logits, int64_t top_k, const std::optional<at::Tensor>& expert_bias,
          const std::optional<at::Tensor>& selection_scores, const std::optional<at::Tensor>& topk_ids,
@@ -74,9 +79,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "group_score"_a = "max",
       "logits [T, E] -> (topk_weights [T, K], topk_ids [T, K] int64, scores [T, E]). Ties go to the lower id, NaN ranks "
       "last; expert_bias and selection_scores only select; a given topk_ids is replayed.");
-  m.def("sinkhorn", &sinkhorn, "logits"_a, "iterations"_a = 0, "tolerance"_a = 1e-4,
-        "Sinkhorn-normalised exp(logits) [T, E] for selection; iterations = 0 runs to the tolerance. No gradient.");
-  m.def(
+  def("sinkhorn", &sinkhorn, "logits"_a, "iterations"_a = 0, "tolerance"_a = 1e-4,
+      "Sinkhorn-normalised exp(logits) [T, E] for selection; iterations = 0 runs to the tolerance. No gradient.");
+  def(
       "dispatch",
       [](const at::Tensor& topk_ids, int64_t num_experts, const std::optional<at::Tensor>& topk_weights,
          std::optional<int64_t> capacity, const std::string& drop_policy,
@@ -87,9 +92,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "topk_ids"_a, "num_experts"_a, py::kw_only(), "topk_weights"_a = py::none(), "capacity"_a = py::none(),
       "drop_policy"_a = "position", "padding_mask"_a = py::none(),
       "topk_ids [T, K] -> (slot_index [T*K], token_slot [T, K], expert_offsets [E+1], int32; tokens_per_expert [E] int64).");
-  m.def("gather", &gather, "hidden_states"_a, "slot_index"_a, "token_slot"_a, "expert_offsets"_a,
-        "hidden_states [T, H] -> rows [T*K, H] in expert order; rows of no slot are zero.");
-  m.def(
+  def("gather", &gather, "hidden_states"_a, "slot_index"_a, "token_slot"_a, "expert_offsets"_a,
+      "hidden_states [T, H] -> rows [T*K, H] in expert order; rows of no slot are zero.");
+  def(
       "experts",
       [](const at::Tensor& hidden_states, const at::Tensor& gate_up_proj, const at::Tensor& down_proj,
          const at::Tensor& topk_weights, const at::Tensor& slot_index, const at::Tensor& token_slot,
@@ -105,11 +110,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "activation"_a = "swiglu", "activation_alpha"_a = 1.702, "activation_limit"_a = 7.0, "interleaved"_a = false,
       "weight_on_input"_a = false, "recompute"_a = false,
       "The grouped MLP over a plan, summed into tokens: [T, H] -> [T, H]. gate_up_proj [E, 2I, H], down_proj [E, H, I].");
-  m.def("grouped_linear", &grouped_linear, "rows"_a, "weight"_a, "expert_offsets"_a, "bias"_a = py::none(),
-        "rows [S, in] in expert order, weight [E, out, in] (+ bias [E, out]) -> [S, out].");
-  m.def("combine", &combine, "rows"_a, "topk_weights"_a, "slot_index"_a, "token_slot"_a, "expert_offsets"_a,
-        "rows [T*K, H] -> [T, H]: the sum over k of topk_weights[t, k] * rows[token_slot[t, k]], in order of k.");
-  m.def(
+  def("grouped_linear", &grouped_linear, "rows"_a, "weight"_a, "expert_offsets"_a, "bias"_a = py::none(),
+      "rows [S, in] in expert order, weight [E, out, in] (+ bias [E, out]) -> [S, out].");
+  def("combine", &combine, "rows"_a, "topk_weights"_a, "slot_index"_a, "token_slot"_a, "expert_offsets"_a,
+      "rows [T*K, H] -> [T, H]: the sum over k of topk_weights[t, k] * rows[token_slot[t, k]], in order of k.");
+  def(
       "exchange",
       [](const at::Tensor& rows, const std::vector<int64_t>& send_counts, const std::vector<int64_t>& recv_counts,
          const std::string& group_name, const std::string& operation, const std::string& caller) {
@@ -118,12 +123,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "rows"_a, "send_counts"_a, "recv_counts"_a, "group_name"_a, "operation"_a = "exchange", "caller"_a = "this rank",
       "rows [N, H] -> [sum(recv_counts), H]: consecutive rows to the ranks of a group, and theirs from them.");
-  m.def("expert_counts", &expert_counts, "topk_ids"_a, "num_experts"_a, "padding_mask"_a = py::none(),
-        "topk_ids [S, L, K] -> pairs an expert was asked for in each sequence [S, E] int64.");
-  m.def("balance_loss", &balance_loss, "scores"_a, "tokens_per_expert"_a, "scale"_a, "padding_mask"_a = py::none(),
-        "scale * sum of tokens_per_expert [S, E] * (scores [S, L, E] summed over unpadded l).");
-  m.def("z_loss", &z_loss, "logits"_a, "scale"_a = 1.0, "padding_mask"_a = py::none(),
-        "scale * mean over unpadded tokens of logsumexp(logits [T, E])^2.");
-  m.def("update_expert_bias", &update_expert_bias, "expert_bias"_a, "tokens_per_expert"_a, "rate"_a,
-        "zero_mean"_a = false, "expert_bias [E] += rate * sign(mean(counts) - counts), in place.");
+  def("expert_counts", &expert_counts, "topk_ids"_a, "num_experts"_a, "padding_mask"_a = py::none(),
+      "topk_ids [S, L, K] -> pairs an expert was asked for in each sequence [S, E] int64.");
+  def("balance_loss", &balance_loss, "scores"_a, "tokens_per_expert"_a, "scale"_a, "padding_mask"_a = py::none(),
+      "scale * sum of tokens_per_expert [S, E] * (scores [S, L, E] summed over unpadded l).");
+  def("z_loss", &z_loss, "logits"_a, "scale"_a = 1.0, "padding_mask"_a = py::none(),
+      "scale * mean over unpadded tokens of logsumexp(logits [T, E])^2.");
+  def("update_expert_bias", &update_expert_bias, "expert_bias"_a, "tokens_per_expert"_a, "rate"_a,
+      "zero_mean"_a = false, "expert_bias [E] += rate * sign(mean(counts) - counts), in place.");
 }

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -126,6 +127,27 @@ def test_pybind_module_and_torch_ops_give_the_same_bits(device):
                     strict=True,
                 ):
                     assert (p is None) == (q is None) and (p is None or torch.equal(p, q))
+
+
+def test_pybind_module_lets_other_threads_run():
+    """What an operator waits for may need the interpreter on another thread: an exchange its group's."""
+    given = experts_inputs(4096, 512, 1024, 8, 2, dtype=torch.float32)
+    plan = ops.dispatch(given["topk_ids"], 8)[:3]
+    begun, ended = threading.Event(), threading.Event()
+
+    def multiply() -> None:
+        begun.set()
+        _C.experts(given["hidden_states"], given["gate_up_proj"], given["down_proj"], given["topk_weights"], *plan)
+        ended.set()
+
+    worker = threading.Thread(target=multiply)
+    worker.start()
+    begun.wait()
+    turns = 0
+    while not ended.wait(1e-3):
+        turns += 1
+    worker.join()
+    assert turns > 5
 
 
 def test_pybind_module_refuses_in_the_same_sentence():
