@@ -45,13 +45,14 @@ TORCH_LIBRARY(fastmoe_cpp, m) {
       "Tensor slot_index, Tensor token_slot, Tensor expert_offsets, Tensor? gate_up_bias, Tensor? down_bias, "
       "Tensor? pre_activation, str activation, float activation_alpha, float activation_limit, bool interleaved, "
       "bool weight_on_input, bool[6] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // as experts_backward, but the gradient of a weight that has a main_grad is added to it and returned empty
+  // as experts_backward, but the gradient of a weight that has a main_grad is added to it and returned empty; workspace
+  // is memory of pre_activation's shape, or pre_activation itself, whose content is lost
   m.def(
       "experts_backward_accumulate(Tensor grad_output, Tensor hidden_states, Tensor gate_up_proj, Tensor down_proj, "
       "Tensor topk_weights, Tensor slot_index, Tensor token_slot, Tensor expert_offsets, Tensor? gate_up_bias, "
       "Tensor? down_bias, Tensor? pre_activation, str activation, float activation_alpha, float activation_limit, "
       "bool interleaved, bool weight_on_input, bool[6] output_mask, Tensor(a!)? gate_up_main_grad, "
-      "Tensor(b!)? down_main_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor(b!)? down_main_grad, Tensor(c!)? workspace=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("grouped_linear(Tensor rows, Tensor weight, Tensor expert_offsets, Tensor? bias=None) -> Tensor");
   m.def(
       "grouped_linear_backward(Tensor grad_output, Tensor rows, Tensor weight, Tensor expert_offsets, bool[3] output_mask) -> (Tensor, Tensor, Tensor)");

@@ -2,6 +2,7 @@
 // A call here breaks a compiled graph; modules go through torch.ops.
 #include <torch/extension.h>
 
+#include "autograd/function.h"
 #include "ops/combine.h"
 #include "ops/dispatch.h"
 #include "ops/exchange.h"
@@ -56,6 +57,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "capability"_a, "multiprocessors"_a, "shared_bytes"_a, "wish"_a = "",
       "Which kernels a layer runs with on a GPU of these properties, and why: a line for the path, six for the products.");
 #endif
+
+  m.def("saves_for_itself", &autograd::saves_for_itself,
+        "Whether what an autograd Function saves now is seen by nobody else: no saved-tensor hook is set.");
+  m.def("last_use", &autograd::last_use, "saved"_a,
+        "Whether backward, which calls this, may overwrite what forward saved for it: the graph is not kept.");
 
   // Without the interpreter's lock, as torch.ops calls them: what an operator waits for may need it on another thread (an
   // exchange its group's, which drops tensors that Python knows).

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import _C, ops
 from .outputs import DispatchPlan
 
 _ops = torch.ops.fastmoe_cpp
@@ -46,6 +46,8 @@ class _Experts(torch.autograd.Function):
         output, pre_activation = _ops.experts_forward(*given, *curve, not recompute)
         ctx.save_for_backward(*given, None if recompute else pre_activation)
         ctx.curve = curve
+        ctx.own = not recompute and _C.saves_for_itself()
+        ctx.overwritten = False
         return output
 
     @staticmethod
@@ -55,9 +57,16 @@ class _Experts(torch.autograd.Function):
             _buffer(name, weight) if wanted else None
             for name, weight, wanted in zip(_WEIGHTS, ctx.weights, ctx.needs_input_grad[1:3], strict=True)
         ]
+        if ctx.overwritten:
+            raise RuntimeError(
+                "experts: a backward that failed has overwritten what forward kept; run forward again, or let backward "
+                "keep the graph (retain_graph=True)"
+            )
         wanted = list(ctx.needs_input_grad[:6])
+        saved = ctx.saved_tensors
+        ctx.overwritten = ctx.own and _C.last_use(saved[-1])
         x, up, down, weights, up_bias, down_bias = _ops.experts_backward_accumulate(
-            grad_output, *ctx.saved_tensors, *ctx.curve, wanted, *buffers
+            grad_output, *saved, *ctx.curve, wanted, *buffers, saved[-1] if ctx.overwritten else None
         )
         found: list[Tensor | None] = [x, up, down, weights, up_bias, down_bias]
         for i, like in zip((1, 2, 4, 5), (*ctx.weights, *ctx.biases), strict=True):

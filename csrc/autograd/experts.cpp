@@ -6,7 +6,7 @@ namespace fastmoe_cpp::autograd {
 namespace {
 
 // Backward keeps the hidden states, the weights, the plan and (unless recomputed) the pre-activation: neither the
-// activation nor a single output row of an expert.
+// activation nor a single output row of an expert. The pre-activation's gradient takes its place where it can.
 struct Experts : torch::autograd::Function<Experts> {
   static Tensor forward(AutogradContext* ctx, const Tensor& hidden_states, const Tensor& gate_up_proj,
                         const Tensor& down_proj, const Tensor& topk_weights, const Tensor& slot_index,
@@ -26,6 +26,7 @@ struct Experts : torch::autograd::Function<Experts> {
     data["activation_limit"] = activation_limit;
     data["interleaved"] = interleaved;
     data["weight_on_input"] = weight_on_input;
+    data["own"] = !recompute && saves_for_itself();
     return output;
   }
 
@@ -35,11 +36,21 @@ struct Experts : torch::autograd::Function<Experts> {
     const std::string activation = data["activation"].toStringRef();
     const bool up_bias = saved[7].defined(), down_bias = saved[8].defined();
     const Wanted wanted(ctx, {true, true, true, true, true, true, true, up_bias, down_bias});
-    const auto [hidden, gate_up, down, weights, gate_up_bias_grad, down_bias_grad] = experts_backward(
-        grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6], optional(saved[7]),
-        optional(saved[8]), optional(saved[9]), activation, data["activation_alpha"].toDouble(),
-        data["activation_limit"].toDouble(), data["interleaved"].toBool(), data["weight_on_input"].toBool(),
-        {wanted(0), wanted(1), wanted(2), wanted(3), wanted(7), wanted(8)});
+    TORCH_CHECK(!data.count("overwritten"),
+                "experts: a backward that failed has overwritten what forward kept; run "
+                "forward again, or let backward keep the graph (retain_graph=True)");
+    const auto run = [&](auto backward, auto... to) {
+      return backward(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4], saved[5], saved[6],
+                      optional(saved[7]), optional(saved[8]), optional(saved[9]), activation,
+                      data["activation_alpha"].toDouble(), data["activation_limit"].toDouble(),
+                      data["interleaved"].toBool(), data["weight_on_input"].toBool(),
+                      std::array<bool, 6>{wanted(0), wanted(1), wanted(2), wanted(3), wanted(7), wanted(8)}, to...);
+    };
+    const bool overwrites = data["own"].toBool() && last_use(saved[9]);
+    if (overwrites) data["overwritten"] = true;
+    const OptionalTensor none;
+    const auto [hidden, gate_up, down, weights, gate_up_bias_grad, down_bias_grad] =
+        overwrites ? run(experts_backward_accumulate, none, none, OptionalTensor(saved[9])) : run(experts_backward);
     variable_list out(15);
     out[0] = grad_or_none(hidden, wanted(0));
     out[1] = grad_or_none(gate_up, wanted(1));

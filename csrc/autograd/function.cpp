@@ -1,6 +1,9 @@
 #include "function.h"
 
+#include <ATen/SavedTensorHooks.h>
+#include <ATen/TensorSubclassLikeUtils.h>
 #include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/autograd/graph_task.h>
 
 #include <memory>
 #include <type_traits>
@@ -42,6 +45,12 @@ variable_list arguments_that_require_grad(const torch::jit::Stack& stack, size_t
 }
 
 }  // namespace
+
+bool saves_for_itself() { return !at::SavedTensorDefaultHooks::get_hooks().has_value(); }
+
+bool last_use(const Tensor& saved) {
+  return !torch::autograd::get_current_graph_task_keep_graph() && !at::isTensorSubclassLike(saved);
+}
 
 void refuse_double_backward(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   const auto& schema = op.schema();

@@ -259,10 +259,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
     const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const OptionalTensor& pre_activation,
     std::string_view activation, double activation_alpha, double activation_limit, bool interleaved,
     bool weight_on_input, std::array<bool, 6> output_mask, const OptionalTensor& gate_up_main_grad,
-    const OptionalTensor& down_main_grad) {
+    const OptionalTensor& down_main_grad, const OptionalTensor& workspace) {
   check_experts_backward(grad_output_, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index, token_slot,
                          expert_offsets, gate_up_bias, down_bias, pre_activation, activation);
   check_main_grads(gate_up_proj, down_proj, gate_up_main_grad, down_main_grad);
+  check_workspace(workspace, hidden_states, gate_up_proj, slot_index);
   const auto main_of = [&](int i, const OptionalTensor& t) { return output_mask[i] && has(t) ? *t : Tensor(); };
   const Tensor gate_up_main = main_of(1, gate_up_main_grad), down_main = main_of(2, down_main_grad);
   output_mask[1] = output_mask[1] && !has(gate_up_main_grad);
@@ -291,7 +292,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
     const bool need_rows = output_mask[0] || (output_mask[3] && weight_on_input);
     const bool need_partial = output_mask[3] && !weight_on_input;
     const int64_t ranges = e.up_columns().count;
-    const Tensor grad_pre = empty({e.plan.served, e.up_rows}, options);
+    // Where gate and up alternate in the gradient but not in the pre-activation, a task would overwrite another's.
+    const bool works_there = has(workspace) && !e.interleaved;
+    const Tensor grad_pre = works_there ? *workspace : empty({e.plan.served, e.up_rows}, options);
     const Tensor scaled_act = empty({e.plan.served, e.inner}, options);
     const Tensor partial = at::empty({need_partial ? ranges * e.plan.served : 0}, topk_weights.options());
     const Tensor grad_rows = empty({need_rows ? e.plan.served : 0, e.hidden}, options);
@@ -323,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward(
   return experts_backward_accumulate(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index,
                                      token_slot, expert_offsets, gate_up_bias, down_bias, pre_activation, activation,
                                      activation_alpha, activation_limit, interleaved, weight_on_input, output_mask,
-                                     std::nullopt, std::nullopt);
+                                     std::nullopt, std::nullopt, std::nullopt);
 }
 
 }  // namespace

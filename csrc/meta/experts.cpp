@@ -47,7 +47,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
     const Tensor& topk_weights, const Tensor& slot_index, const Tensor& token_slot, const Tensor& expert_offsets,
     const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const OptionalTensor& pre_activation,
     std::string_view activation, double alpha, double limit, bool interleaved, bool weight_on_input,
-    std::array<bool, 6> output_mask, const OptionalTensor& gate_up_main_grad, const OptionalTensor& down_main_grad) {
+    std::array<bool, 6> output_mask, const OptionalTensor& gate_up_main_grad, const OptionalTensor& down_main_grad,
+    const OptionalTensor& workspace) {
+  check_workspace(workspace, hidden_states, gate_up_proj, slot_index);
   check_main_grads(gate_up_proj, down_proj, gate_up_main_grad, down_main_grad);
   output_mask[1] = output_mask[1] && !has(gate_up_main_grad);
   output_mask[2] = output_mask[2] && !has(down_main_grad);

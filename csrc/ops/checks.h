@@ -60,6 +60,8 @@ void check_experts_backward(const Tensor& grad_output, const Tensor& hidden_stat
 // After check_experts_backward.
 void check_main_grads(const Tensor& gate_up_proj, const Tensor& down_proj, const OptionalTensor& gate_up_main_grad,
                       const OptionalTensor& down_main_grad);
+void check_workspace(const OptionalTensor& workspace, const Tensor& hidden_states, const Tensor& gate_up_proj,
+                     const Tensor& slot_index);
 void check_grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,
                           const OptionalTensor& bias);
 void check_grouped_linear_backward(const Tensor& grad_output, const Tensor& rows, const Tensor& weight,

@@ -80,6 +80,18 @@ void check_experts_backward(const Tensor& grad_output, const Tensor& hidden_stat
   }
 }
 
+void check_workspace(const OptionalTensor& workspace, const Tensor& hidden_states, const Tensor& gate_up_proj,
+                     const Tensor& slot_index) {
+  if (!has(workspace)) return;
+  const Arg w{*workspace, "workspace"};
+  dims(w, 2, "[P, 2 * I] (or [P, I] ungated)");
+  size_is(w, 0, slot_index.sym_size(0), "[P, ...] as slot_index");
+  size_is(w, 1, gate_up_proj.sym_size(1), "[..., 2 * I] as gate_up_proj");
+  dtype_is(w, hidden_states.scalar_type(), "hidden_states' dtype");
+  TORCH_CHECK_VALUE(w.t.is_contiguous(), "workspace must be contiguous, got strides ", w.t.sym_strides());
+  same_device(w, {hidden_states, "hidden_states"});
+}
+
 void check_main_grads(const Tensor& gate_up_proj, const Tensor& down_proj, const OptionalTensor& gate_up_main_grad,
                       const OptionalTensor& down_main_grad) {
   const auto fits = [](const OptionalTensor& main_grad, const char* name, const Arg& weight, const char* contract) {
@@ -166,11 +178,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
     const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const OptionalTensor& pre_activation,
     std::string_view activation, double activation_alpha, double activation_limit, bool interleaved,
     bool weight_on_input, std::array<bool, 6> output_mask, const OptionalTensor& gate_up_main_grad,
-    const OptionalTensor& down_main_grad) {
+    const OptionalTensor& down_main_grad, const OptionalTensor& workspace) {
   return FASTMOE_OP(experts_backward_accumulate)
       .call(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index, token_slot, expert_offsets,
             gate_up_bias, down_bias, pre_activation, activation, activation_alpha, activation_limit, interleaved,
-            weight_on_input, output_mask, gate_up_main_grad, down_main_grad);
+            weight_on_input, output_mask, gate_up_main_grad, down_main_grad, workspace);
 }
 
 Tensor grouped_linear(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets,

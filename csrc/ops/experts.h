@@ -35,7 +35,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     bool weight_on_input, std::array<bool, 6> output_mask);
 
 // The same, but where a weight has a main_grad (of its shape, float32, or float64 for float64 weights) its gradient is
-// added to that and returned empty.
+// added to that and returned empty; and workspace [P, 2I], which may be pre_activation, is memory to work in: what it
+// holds is lost.
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> experts_backward_accumulate(
     const at::Tensor& grad_output, const at::Tensor& hidden_states, const at::Tensor& gate_up_proj,
     const at::Tensor& down_proj, const at::Tensor& topk_weights, const at::Tensor& slot_index,
@@ -43,7 +44,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     const std::optional<at::Tensor>& down_bias, const std::optional<at::Tensor>& pre_activation,
     std::string_view activation, double activation_alpha, double activation_limit, bool interleaved,
     bool weight_on_input, std::array<bool, 6> output_mask, const std::optional<at::Tensor>& gate_up_main_grad,
-    const std::optional<at::Tensor>& down_main_grad);
+    const std::optional<at::Tensor>& down_main_grad, const std::optional<at::Tensor>& workspace = std::nullopt);
 
 // out[s] = rows[s] @ weight[e].T (+ bias[e]) for the slots s of expert e: [S, in], [E, out, in] -> [S, out]. Rows past
 // expert_offsets[E] are zero.

@@ -51,13 +51,17 @@ def test_no_growth(kind, count, device):
 
     for i in range(count // 4):
         kind(i, device)
-    before = used()
     tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
-    for i in range(count):
-        kind(i, device)
-    growth = used() - before
-    # one leaked [T, H] tensor a step would be 5 MB; the C library's arenas may move by less
-    assert growth <= (0 if device == "cuda" else 2 * 2**20), f"{growth} bytes more after {count} steps"
+    # one leaked [T, H] tensor a step would be 5 MB; the C library's arenas may move by less, and the system's huge
+    # pages come and go, so what counts is growth in every round
+    allowed = 0 if device == "cuda" else 2 * 2**20
+    growth = []
+    while len(growth) < 3 and all(g > allowed for g in growth):
+        before = used()
+        for i in range(count):
+            kind(i, device)
+        growth.append(used() - before)
+    assert growth[-1] <= allowed, f"{growth} bytes more in rounds of {count} steps"
     assert sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects()) <= tensors
 
 

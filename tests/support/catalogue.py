@@ -177,7 +177,8 @@ def _(s):
     grad = s.new(s.tokens, s.hidden)
     rest = (None, "swiglu", 1.702, 7.0, False, False, [True] * 6)
     buffers = [s.new(*w.shape, dtype=s.wide, leaf=False) for w in full[1:3]]
-    return [Call((grad, *full, *biases, *rest, *pair)) for pair in (buffers, (None, buffers[1]))]
+    rows = s.new(len(s.cut[0]), full[1].shape[1], leaf=False)
+    return [Call((grad, *full, *biases, *rest, *more)) for more in (buffers, (None, buffers[1]), (None, None, rows))]
 
 
 @of("grouped_linear")

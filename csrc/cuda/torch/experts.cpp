@@ -2,6 +2,7 @@
 
 #include <ATen/ATen.h>
 #include <ATen/cuda/CUDAContext.h>
+#include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <torch/library.h>
 
 #include <cstdlib>
@@ -193,8 +194,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
     const OptionalTensor& gate_up_bias, const OptionalTensor& down_bias, const OptionalTensor& pre_activation,
     std::string_view activation, double activation_alpha, double activation_limit, bool interleaved,
     bool weight_on_input, std::array<bool, 6> output_mask, const OptionalTensor& gate_up_main_grad,
-    const OptionalTensor& down_main_grad) {
+    const OptionalTensor& down_main_grad, const OptionalTensor& workspace) {
   check_main_grads(gate_up_proj, down_proj, gate_up_main_grad, down_main_grad);
+  check_workspace(workspace, hidden_states, gate_up_proj, slot_index);
   check_experts_backward(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index, token_slot,
                          expert_offsets, gate_up_bias, down_bias, pre_activation, activation);
   const c10::cuda::CUDAGuard guard(hidden_states.device());
@@ -204,7 +206,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
                    weight_on_input);
   const Tensor g = grad_output.contiguous();
   Tensor pre = has(pre_activation) ? pre_activation->contiguous() : Tensor();
-  const Launches& run = o.launches({&g, &pre});
+  // For the pre-activation's gradient. Not while a graph is captured: its backward may be replayed more often than its
+  // forward, and each time needs what forward kept.
+  Tensor room;
+  if (has(workspace) && c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None)
+    room = *workspace;
+  const Launches& run = o.launches({&g, &pre, &room});
   const auto [want_hidden, want_gate_up, want_down, want_weights, want_gate_up_bias, want_down_bias] = output_mask;
   const auto grad_like = [](bool wanted, at::IntArrayRef sizes, const at::TensorOptions& options) {
     return wanted ? at::empty(sizes, options) : at::empty({0}, options);
@@ -233,7 +240,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
   const auto pointer = [](bool wanted, const Tensor& t) { return wanted ? t.mutable_data_ptr() : nullptr; };
 
   if (!pre.defined()) {
-    pre = o.slot_rows(up_rows);
+    if (!room.defined()) room = o.slot_rows(up_rows);
+    pre = room;
     C10_CUDA_CHECK(run.up({o.shape, o.plan, o.hidden.const_data_ptr(), o.gate_up.const_data_ptr(),
                            data_or_null(o.gate_up_bias), pre.mutable_data_ptr(), nullptr},
                           stream));
@@ -244,7 +252,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
   Tensor grad_pre;
   {
     const Tensor scaled_act = want_down ? o.slot_rows(o.shape.intermediate) : Tensor();
-    grad_pre = want_pre ? o.slot_rows(up_rows) : Tensor();
+    // act_grad reads an element of the pre-activation where it writes the gradient's, and before: they may share memory
+    if (want_pre) grad_pre = room.defined() ? room : o.slot_rows(up_rows);
     const Tensor by_slot = want_dot ? at::empty({o.shape.slots()}, o.weights.options()) : Tensor();
     if (want_pre || want_down || want_dot) {
       ActGradParams p{o.shape,
@@ -317,7 +326,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_op(
   return experts_backward_accumulate_op(grad_output, hidden_states, gate_up_proj, down_proj, topk_weights, slot_index,
                                         token_slot, expert_offsets, gate_up_bias, down_bias, pre_activation, activation,
                                         activation_alpha, activation_limit, interleaved, weight_on_input, output_mask,
-                                        std::nullopt, std::nullopt);
+                                        std::nullopt, std::nullopt, std::nullopt);
 }
 
 portable::GroupedLinear describe(const Tensor& rows, const Tensor& weight, const Tensor& expert_offsets) {
