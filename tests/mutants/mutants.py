@@ -23,6 +23,7 @@ GROUPED = "tests/ops/test_grouped_linear.py"
 GRADCHECK = "tests/ops/test_gradcheck.py"
 POISON = "tests/ops/test_poison.py"
 FRAMEWORKS = "tests/ops/test_frameworks.py"
+OVERWRITING = "tests/ops/test_overwriting.py"
 
 CPU = "csrc/cpu/"
 
@@ -51,6 +52,34 @@ MUTANTS = (
         "      for (int64_t i = t * top_k; i < (t + 1) * top_k; ++i) {",
         "      for (int64_t i = t * top_k; i < (t + 1) * top_k - (top_k > 1); ++i) {",
         COMBINE,
+    ),
+    Mutant(
+        "an_interleaved_gradient_over_what_is_still_read",
+        CPU + "experts_backward.cpp",
+        "has(workspace) && !e.interleaved;",
+        "has(workspace);",
+        OVERWRITING,
+    ),
+    Mutant(
+        "overwrites_in_a_graph_that_is_kept",
+        "csrc/autograd/function.cpp",
+        "  return !torch::autograd::get_current_graph_task_keep_graph() && !at::isTensorSubclassLike(saved);",
+        "  return !at::isTensorSubclassLike(saved);",
+        OVERWRITING,
+    ),
+    Mutant(
+        "overwrites_what_a_hook_saw",
+        "csrc/autograd/experts.cpp",
+        '    data["own"] = !recompute && saves_for_itself();',
+        '    data["own"] = !recompute;',
+        OVERWRITING,
+    ),
+    Mutant(
+        "a_failed_backward_is_repeated",
+        "csrc/autograd/experts.cpp",
+        '    if (overwrites) data["overwritten"] = true;',
+        "",
+        OVERWRITING,
     ),
     Mutant(
         "weight_gradient_skips_the_last_expert",

@@ -15,10 +15,13 @@ ACTIVATIONS = ("swiglu", "clamped_swiglu", "relu2")
 GRADIENTS = ("hidden_states", "gate_up_proj", "down_proj", "topk_weights", "gate_up_bias", "down_bias")
 
 
+INNER = 1000  # more columns than any tile has
+
+
 def sample(device, activation="swiglu", tokens=150, dtype=torch.float32, **options):
     """Leaves and a plan that drops some pairs, so that some rows of the pre-activation are nobody's."""
     inputs = leaves(
-        experts_inputs(tokens, 40, 24, 6, 2, dtype=dtype, device=device, activation=activation, bias=True, **options)
+        experts_inputs(tokens, 40, INNER, 6, 2, dtype=dtype, device=device, activation=activation, bias=True, **options)
     )
     return inputs, dispatch(inputs["topk_ids"], 6, capacity=tokens // 3)
 
@@ -103,7 +106,7 @@ def test_a_saved_tensor_hook_keeps_what_it_saw(device, run):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = run(inputs, plan)
     backward(out, torch.ones_like(out))
-    assert any(t.shape == (300, 48) for t, _ in seen)
+    assert any(t.shape == (300, 2 * INNER) for t, _ in seen)
     same(*zip(*seen, strict=True))
 
 
@@ -186,9 +189,9 @@ def test_when_a_backward_is_the_last(device):
     [
         (
             lambda w: w[:-1],
-            r"workspace must have shape \[P, ...\] as slot_index with size 300 in dimension 0, got \[299, 48\]",
+            r"workspace must have shape \[P, ...\] as slot_index with size 300 in dimension 0, got \[299, 2000\]",
         ),
-        (lambda w: w[:, 1:], "with size 48 in dimension 1, got"),
+        (lambda w: w[:, 1:], "with size 2000 in dimension 1, got"),
         (lambda w: w.double(), "workspace must be Float"),
         (lambda w: w.t().contiguous().t(), "workspace must be contiguous, got strides"),
     ],
@@ -197,7 +200,7 @@ def test_a_workspace_that_does_not_fit(device, change, found):
     inputs, plan = sample(device)
     given = [inputs[n].detach() for n in GRADIENTS[:4]] + [*plan[:3]]
     rest = (None, None, None, "swiglu", 1.702, 7.0, False, False, [True] * 6, None, None)
-    workspace = torch.empty(300, 48, device=device)
+    workspace = torch.empty(300, 2 * INNER, device=device)
     with pytest.raises((ValueError, TypeError), match=found):
         ops.experts_backward_accumulate(given[0], *given, *rest, change(workspace))
 
