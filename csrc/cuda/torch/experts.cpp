@@ -5,10 +5,12 @@
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <initializer_list>
 
 #include "../combine.h"
+#include "../experts/gemv/gemv.h"
 #include "../experts/path.h"
 #include "../experts/portable/portable.h"
 #include "../experts/portable/rows.h"
@@ -98,22 +100,31 @@ struct Operands {
     plan.weights = static_cast<const float*>(weights.const_data_ptr());
   }
 
-  const Launches& launches(std::initializer_list<const Tensor*> more = {}) const {
-    bool aligned = true;
-    const auto check = [&](const Tensor& t) {
-      aligned &= !t.defined() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+  bool aligned(std::initializer_list<const Tensor*> more = {}) const {
+    const auto is_aligned = [](const Tensor* t) {
+      return !t->defined() || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0;
     };
-    for (const Tensor* t : {&hidden, &gate_up, &down, &gate_up_bias, &down_bias}) check(*t);
-    for (const Tensor* t : more) check(*t);
-    const auto* device = at::cuda::getCurrentDeviceProperties();
-    const auto choice = choose_path(shape, device->major * 10 + device->minor, aligned, wished_path());
+    const std::initializer_list<const Tensor*> own = {&hidden, &gate_up, &down, &gate_up_bias, &down_bias};
+    return std::all_of(own.begin(), own.end(), is_aligned) && std::all_of(more.begin(), more.end(), is_aligned);
+  }
+
+  const Launches& launches(std::initializer_list<const Tensor*> more = {}) const {
+    const auto choice = choose_path(shape, capability(), aligned(more), wished_path());
 #ifdef FASTMOE_SM90
     if (choice.path == Path::hopper) return kHopper;
 #endif
     return kPortable;
   }
 
+  bool takes_gemv() const { return choose_gemv(shape, capability(), aligned(), wished_path()).taken; }
+
   Tensor slot_rows(int64_t columns) const { return at::empty({shape.slots(), columns}, hidden.options()); }
+
+ private:
+  static int capability() {
+    const auto* device = at::cuda::getCurrentDeviceProperties();
+    return device->major * 10 + device->minor;
+  }
 };
 
 // out[t] = sum over k of w[t, k] * rows[token_slot[t, k]]; every w is 1 where `weighted` is false.
@@ -144,6 +155,7 @@ std::tuple<Tensor, Tensor> experts_forward_op(const Tensor& hidden_states, const
   const Operands o(hidden_states, gate_up_proj, down_proj, topk_weights, slot_index, token_slot, expert_offsets,
                    gate_up_bias, down_bias, activation, activation_alpha, activation_limit, interleaved,
                    weight_on_input);
+  const bool few = o.takes_gemv();
   const Launches& run = o.launches();
   Tensor pre = keep_pre_activation ? o.slot_rows(o.shape.up_rows()) : at::empty({0}, hidden_states.options());
   Tensor out = at::empty({o.shape.tokens, o.shape.hidden}, hidden_states.options());
@@ -152,13 +164,21 @@ std::tuple<Tensor, Tensor> experts_forward_op(const Tensor& hidden_states, const
   const Tensor rows = o.slot_rows(o.shape.hidden);
   {
     const Tensor act = o.slot_rows(o.shape.intermediate);
-    C10_CUDA_CHECK(
-        run.up({o.shape, o.plan, o.hidden.const_data_ptr(), o.gate_up.const_data_ptr(), data_or_null(o.gate_up_bias),
-                keep_pre_activation ? pre.mutable_data_ptr() : nullptr, act.mutable_data_ptr()},
-               stream));
-    C10_CUDA_CHECK(run.down({o.shape, o.plan, act.const_data_ptr(), o.down.const_data_ptr(), data_or_null(o.down_bias),
-                             rows.mutable_data_ptr()},
-                            stream));
+    const UpParams up{o.shape,
+                      o.plan,
+                      o.hidden.const_data_ptr(),
+                      o.gate_up.const_data_ptr(),
+                      data_or_null(o.gate_up_bias),
+                      keep_pre_activation ? pre.mutable_data_ptr() : nullptr,
+                      act.mutable_data_ptr()};
+    const DownParams down{o.shape,
+                          o.plan,
+                          act.const_data_ptr(),
+                          o.down.const_data_ptr(),
+                          data_or_null(o.down_bias),
+                          rows.mutable_data_ptr()};
+    C10_CUDA_CHECK(few ? gemv::up(up, stream) : run.up(up, stream));
+    C10_CUDA_CHECK(few ? gemv::down(down, /*follows_up=*/true, stream) : run.down(down, stream));
   }
   sum_into_tokens(o, !weight_on_input, rows, out, stream);
   if (keep_pre_activation) {  // no launch writes the rows of nobody, and the operator returns them
@@ -242,9 +262,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
   if (!pre.defined()) {
     if (!room.defined()) room = o.slot_rows(up_rows);
     pre = room;
-    C10_CUDA_CHECK(run.up({o.shape, o.plan, o.hidden.const_data_ptr(), o.gate_up.const_data_ptr(),
-                           data_or_null(o.gate_up_bias), pre.mutable_data_ptr(), nullptr},
-                          stream));
+    const auto up = o.takes_gemv() ? gemv::up : run.up;
+    C10_CUDA_CHECK(up({o.shape, o.plan, o.hidden.const_data_ptr(), o.gate_up.const_data_ptr(),
+                       data_or_null(o.gate_up_bias), pre.mutable_data_ptr(), nullptr},
+                      stream));
   }
   // With the weight on the input, its gradient is <x, dx of the slot>, so the slots' dx is wanted for it as well.
   const bool want_rows = want_hidden || (weight_on_input && want_weights);

@@ -3,6 +3,7 @@
 #include <c10/util/Exception.h>
 
 #include "../../ops/checks.h"
+#include "../experts/gemv/gemv.h"
 #include "../experts/path.h"
 #include "../experts/portable/portable.h"
 #ifdef FASTMOE_SM90
@@ -38,7 +39,12 @@ std::vector<std::string> explain_experts(std::string_view dtype, int64_t tokens,
   shape.plan_slots = tokens * top_k;
   const PathChoice choice = choose_path(shape, device.capability, /*aligned=*/true, wish);
   std::vector<std::string> lines{(choice.path == Path::hopper ? "Hopper path: " : "portable path: ") + choice.reason};
+  const GemvChoice few = choose_gemv(shape, device.capability, /*aligned=*/true, wish);
   for (int i = 0; i < 6; ++i) {
+    if (few.taken && i < 2) {
+      lines.push_back(gemv::explain(static_cast<gemv::Product>(i), shape, device.multiprocessors) + "; " + few.reason);
+      continue;
+    }
 #ifdef FASTMOE_SM90
     if (choice.path == Path::hopper) {
       lines.push_back(sm90::explain(static_cast<sm90::Product>(i), shape, device.multiprocessors));

@@ -1,0 +1,9 @@
+#include "gemv.cuh"
+#include "launch.h"
+
+namespace fastmoe_cpp::cuda::gemv {
+template <>
+cudaError_t launch_down<__half>(const ExpertShape& shape, const Arguments& args, cudaStream_t stream) {
+  return launch<__half, Kind::down>(shape, args, stream);
+}
+}  // namespace fastmoe_cpp::cuda::gemv

@@ -1,0 +1,85 @@
+// What happens to a slot's sums: a lane has those of one slot for the item's rows of the weight.
+#pragma once
+#include "../portable/epilogue.cuh"
+#include "stream.cuh"
+
+namespace fastmoe_cpp::cuda::gemv {
+
+// up: pre_activation[s] = sums * scale(s) + bias[e]; act[s] = f(pre_activation[s]) of the unrounded pre-activation.
+// down: rows[s] = sums + bias[e].
+template <class Traits>
+struct Epilogue {
+  using T = typename Traits::T;
+  static constexpr int kRows = Traits::kRows;
+  using Biases = Vec<uint32_t, kRows / 2>;  // the rows', two in a word
+
+  // Before the main loop.
+  __device__ static __forceinline__ Biases fetch(const Arguments& args, int expert, int group) {
+    Biases biases{};
+    if (args.bias == nullptr) return biases;
+    const auto* const from = static_cast<const uint16_t*>(args.bias) + first_weight_row<Traits>(args, expert, group);
+    if constexpr (Traits::kGated) {
+      biases.v[0] = from[0] | uint32_t{from[weight_row_step<Traits>(args)]} << 16;
+    } else {
+      biases = *reinterpret_cast<const Biases*>(from);
+    }
+    return biases;
+  }
+
+  __device__ static __forceinline__ void store(const Arguments& args, int64_t slot, int group, const Biases& biases,
+                                               float (&sums)[kRows]) {
+    const int column = Traits::kGated ? group : group * kRows;
+    if (Traits::kUp && args.scale != nullptr) {
+      const float scale = args.scale[args.slot_index[slot]];
+#pragma unroll
+      for (int c = 0; c < kRows; ++c) sums[c] *= scale;
+    }
+    if (args.bias != nullptr) {
+#pragma unroll
+      for (int c = 0; c < kRows; c += 2) {
+        const float2 add = unpack<T>(biases.v[c / 2]);
+        sums[c] += add.x, sums[c + 1] += add.y;
+      }
+    }
+    if constexpr (!Traits::kUp) {
+      put(args.out, slot * args.columns + column, sums);
+    } else if constexpr (Traits::kGated) {
+      if (args.pre != nullptr) {
+        T* const pre = static_cast<T*>(args.pre) + slot * 2 * args.columns + column;
+        pre[0] = from_acc<T>(sums[0]);
+        pre[args.columns] = from_acc<T>(sums[1]);
+      }
+      if (args.out == nullptr) return;
+      portable::with_activation(args.activation, [&](auto a) {
+        constexpr Activation kActivation = decltype(a)::value;
+        if constexpr (is_gated(kActivation)) {
+          static_cast<T*>(args.out)[slot * args.columns + column] =
+              from_acc<T>(activate<kActivation, float>(sums[0], sums[1], args.alpha, args.limit));
+        }
+      });
+    } else {
+      if (args.pre != nullptr) put(args.pre, slot * args.columns + column, sums);
+      if (args.out == nullptr) return;
+      portable::with_activation(args.activation, [&](auto a) {
+        constexpr Activation kActivation = decltype(a)::value;
+        if constexpr (!is_gated(kActivation)) {
+#pragma unroll
+          for (int c = 0; c < kRows; ++c) {
+            sums[c] = activate<kActivation, float>(sums[c], 0.0f, args.alpha, args.limit);
+          }
+        }
+      });
+      put(args.out, slot * args.columns + column, sums);
+    }
+  }
+
+ private:
+  __device__ static __forceinline__ void put(void* to, int64_t at, const float (&values)[kRows]) {
+    Vec<T, kRows> rounded;
+#pragma unroll
+    for (int c = 0; c < kRows; ++c) rounded.v[c] = from_acc<T>(values[c]);
+    *reinterpret_cast<Vec<T, kRows>*>(static_cast<T*>(to) + at) = rounded;
+  }
+};
+
+}  // namespace fastmoe_cpp::cuda::gemv

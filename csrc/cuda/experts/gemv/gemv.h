@@ -1,0 +1,31 @@
+// Matrix-vector kernels for a forward pass of few tokens, where reading the chosen experts' weights is all the work. No
+// torch and no tiles: each warp multiplies a few rows of a weight at a time by the few rows of slots that its expert has.
+#pragma once
+#include <string>
+
+#include "../experts.h"
+
+namespace fastmoe_cpp::cuda::gemv {
+
+inline constexpr int64_t kMaxTokens = 4;  // up to so many tokens a layer's forward pass runs here
+
+inline constexpr int kThreads = 256;
+inline constexpr int kBlocks = 2;        // a multiprocessor, of each kernel
+inline constexpr int kRingChunks = 16;   // of 16 bytes a thread: what it has of weights in shared memory
+inline constexpr int kMaxListed = 1024;  // experts with slots, listed in shared memory
+
+enum class Product : int { up, down };
+
+// Rows of the weight that a warp multiplies together: a gate row and its up row, or neighbours.
+constexpr int rows_a_warp(Product product) { return product == Product::up ? 2 : 4; }
+
+bool supports(const ExpertShape&);  // dtype, sizes; operands must also start on 16-byte boundaries
+
+cudaError_t up(const UpParams&, cudaStream_t);
+// follows_up: the launch before this one in the stream is up() of the same plan. down may then read the plan and the
+// weights before up has ended.
+cudaError_t down(const DownParams&, bool follows_up, cudaStream_t);
+
+std::string explain(Product, const ExpertShape&, int multiprocessors);  // one line
+
+}  // namespace fastmoe_cpp::cuda::gemv
