@@ -18,6 +18,7 @@ SIZES = [  # T, H, I, E, K: aligned for the fast paths, then odd for the guarded
     (70, 64, 32, 4, 2),
     (257, 128, 192, 8, 3),
     (1, 64, 64, 16, 8),
+    (4, 520, 264, 5, 3),
     (33, 7, 9, 5, 2),
     (129, 40, 24, 257, 8),
     (0, 64, 64, 4, 2),
@@ -53,6 +54,16 @@ def stages(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
         ops.combine(y, weights.to(wide).requires_grad_(), *plan).sum().backward()
 
 
+def crowded(dtype: torch.dtype) -> None:
+    """Few tokens that choose one expert again and again: more slots than a matrix-vector pass takes."""
+    weight = [torch.randn(3, *shape, device="cuda", dtype=dtype) for shape in ((48, 264), (264, 24))]
+    x = torch.randn(4, 264, device="cuda", dtype=dtype)
+    ids = torch.tensor([[1] * 5, [1, 2] * 2 + [-1], [1] * 5, [2] * 5], device="cuda")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    out = ops.experts(x, *weight, torch.rand(4, 5, device="cuda", dtype=wide), *ops.dispatch(ids, 3)[:3])
+    assert torch.isfinite(out).all()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="bf16 and fp32 alone, for the slower tools")
@@ -64,6 +75,8 @@ def main() -> None:
         layer(sizes, dtype, "clamped_swiglu", bias=True, interleaved=True)
         layer(sizes, dtype, "gelu", bias=True, weight_on_input=True)
         layer(sizes, dtype, "swiglu", recompute=True, capacity_factor=1.0)
+    for dtype in dtypes:
+        crowded(dtype)
     layer(CARRIED, torch.bfloat16, "swiglu")
     torch.cuda.synchronize()
     print(f"smoke: fastmoe_cpp {fastmoe_cpp.__version__}, {len(SIZES)} sizes x {len(dtypes)} types ran")

@@ -21,7 +21,11 @@ from fastmoe_cpp import MoE, MoEConfig, RouterConfig, cpp
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = {
     "moe_test": ["dispatch_test.cpp", "moe_test.cpp", "state_dict_test.cpp"],
-    "configuration_test": ["portable_configuration_test.cpp", "sm90_configuration_test.cpp"],
+    "configuration_test": [
+        "gemv_configuration_test.cpp",
+        "portable_configuration_test.cpp",
+        "sm90_configuration_test.cpp",
+    ],
 }
 NAMES = [
     pytest.param(program, name, id=name)

@@ -66,6 +66,27 @@ def test_every_product_of_every_shape(device, dtype, monkeypatch):
         assert path.startswith("Hopper path: " if hopper and aligned else "portable path: "), path
         assert [line.split(":")[0] for line in products] == list(PRODUCTS)
         assert all(len(line) > 20 and "\n" not in line for line in products)
+        few = ["16" in dtype and aligned and sizes[0] <= 1 and name in ("up", "down") for name in PRODUCTS]
+        assert ["matrix-vector" in line for line in products] == few
+
+
+@built
+@pytest.mark.parametrize("device", explain.KNOWN)
+def test_few_tokens_take_matrix_vector_kernels(device, monkeypatch):
+    """Up to some number of tokens, which the reason names; never where the portable path is asked for."""
+    monkeypatch.delenv("FASTMOE_CPP_PATH", raising=False)
+    known = explain.KNOWN[device]
+    for activation, rows in (("swiglu", "2 rows (gate and up)"), ("gelu", "2 neighbouring rows")):
+        _, up, down, *backward = explain.explain((1, 2048, 768, 128, 8), "float16", activation, known)
+        assert rows in up and "4 neighbouring rows" in down
+        assert up.endswith(" tokens") and "at most" in up
+        assert not any("matrix-vector" in line for line in backward)
+    limit = int(up.split()[-2])
+    for tokens in (limit, limit + 1):
+        _, up, down, *_ = explain.explain((tokens, 2048, 768, 128, 8), "bfloat16", "swiglu", known)
+        assert ("matrix-vector" in up) == ("matrix-vector" in down) == (tokens == limit)
+    monkeypatch.setenv("FASTMOE_CPP_PATH", "portable")
+    assert not any("matrix-vector" in line for line in explain.explain((1, 64, 64, 4, 2), "bfloat16", "swiglu", known))
 
 
 @built

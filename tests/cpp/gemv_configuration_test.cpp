@@ -1,0 +1,81 @@
+// When the matrix-vector kernels compute a forward pass.
+#include "cuda/experts/gemv/gemv.h"
+#include "cuda/experts/path.h"
+#include "test.h"
+
+namespace {
+
+using fastmoe_cpp::Activation;
+using fastmoe_cpp::cuda::choose_gemv;
+using fastmoe_cpp::cuda::DType;
+using fastmoe_cpp::cuda::ExpertShape;
+using namespace fastmoe_cpp::cuda::gemv;
+
+ExpertShape shape_of(int64_t tokens, int64_t hidden = 2048, int64_t intermediate = 768, int experts = 128,
+                     int top_k = 8) {
+  return {DType::bf16,        tokens, hidden, intermediate, experts, top_k,
+          Activation::SwiGLU, 1.702f, 7.0f,   false,        false,   tokens * top_k};
+}
+
+bool is_taken(const ExpertShape& shape) { return choose_gemv(shape, 90, true, "").taken; }
+
+}  // namespace
+
+TEST(gemv_is_for_few_tokens) {
+  for (int64_t tokens = 1; tokens <= kMaxTokens; ++tokens) CHECK(is_taken(shape_of(tokens)));
+  for (int64_t tokens : {kMaxTokens + 1, int64_t{64}, int64_t{40960}}) CHECK(!is_taken(shape_of(tokens)));
+}
+
+TEST(gemv_needs_16_bits_and_sizes_that_are_multiples_of_8) {
+  for (int64_t size : {8, 24, 264, 2048, 14336}) {
+    CHECK(is_taken(shape_of(1, size, 768)));
+    CHECK(is_taken(shape_of(1, 2048, size)));
+  }
+  for (int64_t size : {0, 1, 4, 12, 129}) {
+    CHECK(!is_taken(shape_of(1, size, 768)));
+    CHECK(!is_taken(shape_of(1, 2048, size)));
+  }
+  for (DType dtype : {DType::f64, DType::f32, DType::f16}) {
+    auto shape = shape_of(1);
+    shape.dtype = dtype;
+    CHECK(is_taken(shape) == (dtype == DType::f16));
+  }
+}
+
+TEST(gemv_takes_every_activation_and_number_of_experts) {
+  for (int a = 0; a < static_cast<int>(Activation::Count); ++a) {
+    auto shape = shape_of(1);
+    shape.activation = static_cast<Activation>(a);
+    CHECK(is_taken(shape));
+  }
+  for (int experts : {1, 2, 257, 1024})
+    for (int top_k : {1, experts}) CHECK(is_taken(shape_of(kMaxTokens, 64, 64, experts, top_k)));
+}
+
+TEST(gemv_items_are_counted_in_an_int) {
+  CHECK(!is_taken(shape_of(1, int64_t{1} << 28, 768, 8, 8)));
+  CHECK(is_taken(shape_of(1, int64_t{1} << 28, 768, 8, 7)));
+}
+
+TEST(gemv_follows_the_device_the_operands_and_the_wish) {
+  const auto shape = shape_of(1);
+  for (int capability : {80, 86, 89, 90, 100}) CHECK(choose_gemv(shape, capability, true, "").taken);
+  CHECK(!choose_gemv(shape, 75, true, "").taken);
+  CHECK(!choose_gemv(shape, 90, false, "").taken);
+  CHECK(!choose_gemv(shape, 90, true, "portable").taken);
+}
+
+TEST(gemv_choice_is_explained) {
+  const std::string limit = std::to_string(kMaxTokens) + " tokens";
+  CHECK(choose_gemv(shape_of(1), 90, true, "").reason == "at most " + limit);
+  CHECK(choose_gemv(shape_of(kMaxTokens + 1), 90, true, "").reason == "more than " + limit);
+  for (Product product : {Product::up, Product::down}) {
+    const auto words = explain(product, shape_of(1), 132);
+    CHECK(words.find(std::to_string(rows_a_warp(product)) + " ") != std::string::npos);
+    CHECK(words.find(std::to_string(kBlocks * 132) + " blocks") != std::string::npos);
+  }
+  auto ungated = shape_of(1);
+  ungated.activation = Activation::GELU;
+  CHECK(explain(Product::up, shape_of(1), 132).find("gate and up") != std::string::npos);
+  CHECK(explain(Product::up, ungated, 132).find("gate and up") == std::string::npos);
+}
