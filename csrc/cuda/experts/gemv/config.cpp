@@ -8,15 +8,15 @@ bool supports(const ExpertShape& shape) {
   const int64_t h = shape.hidden, i = shape.intermediate, listed = std::min<int64_t>(shape.experts, shape.slots());
   return (shape.dtype == DType::bf16 || shape.dtype == DType::f16) && h > 0 && i > 0 && h % 8 == 0 && i % 8 == 0 &&
          listed <= kMaxListed && std::max(h, i) < int64_t{1} << 30 &&
-         listed * std::max(h, i) < int64_t{1} << 31;  // items are counted in an int, with a step of the grid to spare
+         listed * std::max(h, i) < int64_t{1} << 30;  // items are counted in an int, with a step of the grid to spare
 }
 
 std::string explain(Product product, const ExpertShape& shape, int multiprocessors) {
   const bool gated_up = product == Product::up && is_gated(shape.activation);
   return std::string(product == Product::up ? "up" : "down") + ": matrix-vector, a warp streams " +
          std::to_string(rows_a_warp(product)) + (gated_up ? " rows (gate and up)" : " neighbouring rows") +
-         " of the weight at a time, at most " + std::to_string(kBlocks * multiprocessors) + " blocks of " +
-         std::to_string(kThreads) + " threads";
+         " of the weight at a time, at most " + std::to_string(blocks_a_multiprocessor(product) * multiprocessors) +
+         " blocks of " + std::to_string(kThreads) + " threads";
 }
 
 }  // namespace fastmoe_cpp::cuda::gemv

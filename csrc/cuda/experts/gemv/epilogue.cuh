@@ -11,7 +11,12 @@ template <class Traits>
 struct Epilogue {
   using T = typename Traits::T;
   static constexpr int kRows = Traits::kRows;
-  using Biases = Vec<uint32_t, kRows / 2>;  // the rows', two in a word
+  static_assert(kRows == 2 || (kRows == 4 && !Traits::kGated));
+
+  // The rows', as they were loaded, so that nothing waits for them: gated one in a word, otherwise two.
+  struct alignas(8) Biases {
+    uint32_t words[2];
+  };
 
   // Before the main loop.
   __device__ static __forceinline__ Biases fetch(const Arguments& args, int expert, int group) {
@@ -19,7 +24,10 @@ struct Epilogue {
     if (args.bias == nullptr) return biases;
     const auto* const from = static_cast<const uint16_t*>(args.bias) + first_weight_row<Traits>(args, expert, group);
     if constexpr (Traits::kGated) {
-      biases.v[0] = from[0] | uint32_t{from[weight_row_step<Traits>(args)]} << 16;
+      biases.words[0] = from[0];
+      biases.words[1] = from[weight_row_step<Traits>(args)];
+    } else if constexpr (kRows == 2) {
+      biases.words[0] = *reinterpret_cast<const uint32_t*>(from);
     } else {
       biases = *reinterpret_cast<const Biases*>(from);
     }
@@ -36,9 +44,9 @@ struct Epilogue {
     }
     if (args.bias != nullptr) {
 #pragma unroll
-      for (int c = 0; c < kRows; c += 2) {
-        const float2 add = unpack<T>(biases.v[c / 2]);
-        sums[c] += add.x, sums[c + 1] += add.y;
+      for (int c = 0; c < kRows; ++c) {
+        const float2 add = unpack<T>(biases.words[Traits::kGated ? c : c / 2]);
+        sums[c] += Traits::kGated || c % 2 == 0 ? add.x : add.y;
       }
     }
     if constexpr (!Traits::kUp) {

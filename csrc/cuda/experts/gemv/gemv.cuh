@@ -94,7 +94,7 @@ __device__ __forceinline__ void with_slots(int slots, Body&& body) {
 
 // At most 80 registers: down's first block then fits beside up's blocks.
 template <class Traits>
-__global__ void __launch_bounds__(kThreads, kBlocks + 1) multiply_rows(const __grid_constant__ Arguments args) {
+__global__ void __launch_bounds__(kThreads, kResident) multiply_rows(const __grid_constant__ Arguments args) {
   using T = typename Traits::T;
   constexpr int kRows = Traits::kRows;
   extern __shared__ __align__(16) unsigned char shared[];
@@ -176,7 +176,8 @@ cudaError_t facts_of_device(Facts* facts) {
     FASTMOE_RETURN_IF_ERROR(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, kernel, kThreads, shared_bytes(kMaxListed)));
     // Code for 8.0 that a newer device runs has no griddepcontrol.
-    both = 2 * multiprocessors * std::clamp(fitting, 1, kBlocks) + (attributes.ptxVersion >= 90 ? 1 : 0);
+    both = 2 * multiprocessors * std::clamp(fitting, 1, blocks_a_multiprocessor(Traits::kProduct)) +
+           (attributes.ptxVersion >= 90 ? 1 : 0);
     if (device < static_cast<int>(known.size())) known[device] = both;
   }
   *facts = {both / 2, both % 2 == 1};

@@ -10,11 +10,14 @@ namespace fastmoe_cpp::cuda::gemv {
 inline constexpr int64_t kMaxTokens = 4;  // up to so many tokens a layer's forward pass runs here
 
 inline constexpr int kThreads = 256;
-inline constexpr int kBlocks = 2;        // a multiprocessor, of each kernel
+inline constexpr int kResident = 3;      // blocks that fit a multiprocessor: up's, and some of down's beside them
 inline constexpr int kRingChunks = 16;   // of 16 bytes a thread: what it has of weights in shared memory
 inline constexpr int kMaxListed = 1024;  // experts with slots, listed in shared memory
 
 enum class Product : int { up, down };
+
+// Blocks of the grid for each multiprocessor.
+constexpr int blocks_a_multiprocessor(Product) { return 2; }
 
 // Rows of the weight that a warp multiplies together: a gate row and its up row, or neighbours.
 constexpr int rows_a_warp(Product product) { return product == Product::up ? 2 : 4; }

@@ -14,7 +14,8 @@ struct Traits {
   using T = T_;
   static constexpr Kind kKind = kKind_;
   static constexpr bool kGated = kKind == Kind::gated_up, kUp = kKind != Kind::down;
-  static constexpr int kRows = rows_a_warp(kUp ? Product::up : Product::down);
+  static constexpr Product kProduct = kUp ? Product::up : Product::down;
+  static constexpr int kRows = rows_a_warp(kProduct);
   static constexpr int kSteps = kRingChunks / kRows;  // of the ring
   static_assert((kSteps & (kSteps - 1)) == 0 && kSteps >= 2);
 };
