@@ -26,10 +26,18 @@ TEST(gemv_is_for_few_tokens) {
   for (int64_t tokens : {kMaxTokens + 1, int64_t{64}, int64_t{40960}}) CHECK(!is_taken(shape_of(tokens)));
 }
 
+TEST(gemv_is_for_few_products) {
+  // slots * H * I = 2^26
+  CHECK(is_taken(shape_of(4, 2048, 1024, 64, 8)));
+  CHECK(!is_taken(shape_of(4, 2048, 1032, 64, 8)));
+  CHECK(!is_taken(shape_of(1, 4096, 14336, 8, 2)));
+  CHECK(!is_taken(shape_of(4, int64_t{1} << 40, int64_t{1} << 40, 64, 8)));
+}
+
 TEST(gemv_needs_16_bits_and_sizes_that_are_multiples_of_8) {
   for (int64_t size : {8, 24, 264, 2048, 14336}) {
-    CHECK(is_taken(shape_of(1, size, 768)));
-    CHECK(is_taken(shape_of(1, 2048, size)));
+    CHECK(is_taken(shape_of(1, size, 768, 8, 2)));
+    CHECK(is_taken(shape_of(1, 2048, size, 8, 2)));
   }
   for (int64_t size : {0, 1, 4, 12, 129}) {
     CHECK(!is_taken(shape_of(1, size, 768)));
@@ -53,8 +61,8 @@ TEST(gemv_takes_every_activation_and_number_of_experts) {
 }
 
 TEST(gemv_items_are_counted_in_an_int) {
-  CHECK(!is_taken(shape_of(1, int64_t{1} << 28, 768, 8, 4)));
-  CHECK(is_taken(shape_of(1, int64_t{1} << 28, 768, 8, 3)));
+  CHECK(!supports(shape_of(1, int64_t{1} << 28, 768, 8, 4)));
+  CHECK(supports(shape_of(1, int64_t{1} << 28, 768, 8, 3)));
 }
 
 TEST(gemv_follows_the_device_the_operands_and_the_wish) {
@@ -72,7 +80,7 @@ TEST(gemv_choice_is_explained) {
   for (Product product : {Product::up, Product::down}) {
     const auto words = explain(product, shape_of(1), 132);
     CHECK(words.find(std::to_string(rows_a_warp(product)) + " ") != std::string::npos);
-    CHECK(words.find(std::to_string(blocks_a_multiprocessor(product) * 132) + " blocks") != std::string::npos);
+    CHECK(words.find(std::to_string(kResident * 132) + " blocks") != std::string::npos);
   }
   auto ungated = shape_of(1);
   ungated.activation = Activation::GELU;

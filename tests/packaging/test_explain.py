@@ -85,6 +85,9 @@ def test_few_tokens_take_matrix_vector_kernels(device, monkeypatch):
     for tokens in (limit, limit + 1):
         _, up, down, *_ = explain.explain((tokens, 2048, 768, 128, 8), "bfloat16", "swiglu", known)
         assert ("matrix-vector" in up) == ("matrix-vector" in down) == (tokens == limit)
+    assert not any(
+        "matrix-vector" in line for line in explain.explain((1, 4096, 14336, 8, 2), "bfloat16", "swiglu", known)
+    )
     monkeypatch.setenv("FASTMOE_CPP_PATH", "portable")
     assert not any("matrix-vector" in line for line in explain.explain((1, 64, 64, 4, 2), "bfloat16", "swiglu", known))
 

@@ -27,6 +27,8 @@ GemvChoice choose_gemv(const ExpertShape& shape, int capability, bool aligned, s
   if (!aligned) return {false, "the matrix-vector kernels need operands on 16-byte boundaries"};
   const std::string limit = std::to_string(gemv::kMaxTokens) + " tokens";
   if (shape.tokens > gemv::kMaxTokens) return {false, "more than " + limit};
+  const double products = static_cast<double>(shape.slots()) * shape.hidden * shape.intermediate;
+  if (products > gemv::kMaxProducts) return {false, "more products than the matrix-vector kernels gain from"};
   if (!gemv::supports(shape)) {
     return {false,
             "the matrix-vector kernels need bfloat16 or float16, and hidden and intermediate sizes that are multiples "

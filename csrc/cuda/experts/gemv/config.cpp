@@ -15,8 +15,8 @@ std::string explain(Product product, const ExpertShape& shape, int multiprocesso
   const bool gated_up = product == Product::up && is_gated(shape.activation);
   return std::string(product == Product::up ? "up" : "down") + ": matrix-vector, a warp streams " +
          std::to_string(rows_a_warp(product)) + (gated_up ? " rows (gate and up)" : " neighbouring rows") +
-         " of the weight at a time, at most " + std::to_string(blocks_a_multiprocessor(product) * multiprocessors) +
-         " blocks of " + std::to_string(kThreads) + " threads";
+         " of the weight at a time, at most " + std::to_string(kResident * multiprocessors) + " blocks of " +
+         std::to_string(kThreads) + " threads";
 }
 
 }  // namespace fastmoe_cpp::cuda::gemv

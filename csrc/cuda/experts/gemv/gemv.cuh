@@ -92,7 +92,7 @@ __device__ __forceinline__ void with_slots(int slots, Body&& body) {
   body(std::integral_constant<int, 4>{});
 }
 
-// At most 80 registers: down's first block then fits beside up's blocks.
+// At most 80 registers, so that kResident blocks fit; down's take their places as up's leave.
 template <class Traits>
 __global__ void __launch_bounds__(kThreads, kResident) multiply_rows(const __grid_constant__ Arguments args) {
   using T = typename Traits::T;
@@ -176,8 +176,7 @@ cudaError_t facts_of_device(Facts* facts) {
     FASTMOE_RETURN_IF_ERROR(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, kernel, kThreads, shared_bytes(kMaxListed)));
     // Code for 8.0 that a newer device runs has no griddepcontrol.
-    both = 2 * multiprocessors * std::clamp(fitting, 1, blocks_a_multiprocessor(Traits::kProduct)) +
-           (attributes.ptxVersion >= 90 ? 1 : 0);
+    both = 2 * multiprocessors * std::clamp(fitting, 1, kResident) + (attributes.ptxVersion >= 90 ? 1 : 0);
     if (device < static_cast<int>(known.size())) known[device] = both;
   }
   *facts = {both / 2, both % 2 == 1};

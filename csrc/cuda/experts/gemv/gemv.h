@@ -7,17 +7,17 @@
 
 namespace fastmoe_cpp::cuda::gemv {
 
-inline constexpr int64_t kMaxTokens = 4;  // up to so many tokens a layer's forward pass runs here
+// A layer's forward pass runs here up to so many tokens, which an expert's weight meets at once, and so many products,
+// slots * H * I: of a longer pass tiles lose less at its ends than these kernels on the way.
+inline constexpr int64_t kMaxTokens = 4;
+inline constexpr double kMaxProducts = 1 << 26;
 
 inline constexpr int kThreads = 256;
-inline constexpr int kResident = 3;      // blocks that fit a multiprocessor: up's, and some of down's beside them
+inline constexpr int kResident = 3;      // blocks on a multiprocessor
 inline constexpr int kRingChunks = 16;   // of 16 bytes a thread: what it has of weights in shared memory
 inline constexpr int kMaxListed = 1024;  // experts with slots, listed in shared memory
 
 enum class Product : int { up, down };
-
-// Blocks of the grid for each multiprocessor.
-constexpr int blocks_a_multiprocessor(Product) { return 2; }
 
 // Rows of the weight that a warp multiplies together: a gate row and its up row, or neighbours.
 constexpr int rows_a_warp(Product product) { return product == Product::up ? 2 : 4; }
