@@ -8,6 +8,20 @@ import collections.abc
 import torch
 
 def build_info() -> dict: ...
+def explain_experts(  # of a library built with its CUDA half
+    dtype: str,
+    tokens: int,
+    hidden: int,
+    intermediate: int,
+    experts: int,
+    top_k: int,
+    activation: str,
+    *,
+    capability: int,
+    multiprocessors: int,
+    shared_bytes: int,
+    wish: str = "",
+) -> list[str]: ...
 def saves_for_itself() -> bool: ...
 def last_use(saved: torch.Tensor) -> bool: ...
 def router_logits(

@@ -33,4 +33,7 @@ def signatures_of_stub() -> dict[str, str]:
 def test_stub_matches_the_module() -> None:
     module = signatures_of_module()
     assert len(module) >= 13
-    assert signatures_of_stub() == module
+    stub = signatures_of_stub()
+    if not _C.build_info()["cuda"]:
+        del stub["explain_experts"]
+    assert stub == module
