@@ -339,8 +339,8 @@ MUTANTS = (
     Mutant(
         "bias_gradients_asked_for_by_the_wrong_number",
         "csrc/autograd/experts.cpp",
-        "{wanted(0), wanted(1), wanted(2), wanted(3), wanted(7), wanted(8)});",
-        "{wanted(0), wanted(1), wanted(2), wanted(3), wanted(8), wanted(7)});",
+        "{wanted(0), wanted(1), wanted(2), wanted(3), wanted(7), wanted(8)}, to...);",
+        "{wanted(0), wanted(1), wanted(2), wanted(3), wanted(8), wanted(7)}, to...);",
         f"{FRAMEWORKS} -k frozen",
     ),
     Mutant(
