@@ -11,6 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 from fastmoe_cpp import MoE, MoEConfig
 
+#: Relative: scores this close may come out in either order, since two implementations round them differently.
+NEAR_TIE = 1e-5
+
 
 class LoopOutput(NamedTuple):
     """The fields of fastmoe_cpp.MoEOutput that the model uses."""
@@ -22,7 +25,12 @@ class LoopOutput(NamedTuple):
 
 
 class LoopMoE(nn.Module):
-    """What fastmoe_cpp.MoE computes, written the usual way: a Python loop over the experts. Same parameter names."""
+    """What fastmoe_cpp.MoE computes, written the usual way: a Python loop over the experts. Same parameter names.
+
+    near_ties, of the last forward: how many tokens have their last chosen and first unchosen scores within NEAR_TIE.
+    """
+
+    near_ties: Tensor
 
     def __init__(self, config: MoEConfig) -> None:
         super().__init__()
@@ -44,6 +52,7 @@ class LoopMoE(nn.Module):
             weights, ids = torch.topk(scores, c.top_k, dim=-1)
             if c.router.renormalize:
                 weights = weights / weights.sum(dim=-1, keepdim=True)
+        self.near_ties = count_near_ties(scores.detach(), c.top_k)
         output = torch.zeros_like(x)
         chosen = F.one_hot(ids, c.num_experts)
         for expert in range(c.num_experts):
@@ -56,6 +65,14 @@ class LoopMoE(nn.Module):
         balance_loss = c.num_experts * (share * scores.mean(dim=0)).sum()
         aux_loss = c.router.balance_loss_coefficient * balance_loss
         return LoopOutput(output.view_as(hidden_states), tokens_per_expert, balance_loss, aux_loss)
+
+
+def count_near_ties(scores: Tensor, top_k: int) -> Tensor:
+    """Of scores [T, E]: the tokens, as an int64 scalar, whose top_k-th score is within NEAR_TIE of the next one."""
+    if top_k == scores.shape[-1]:
+        return scores.new_zeros((), dtype=torch.int64)
+    last, following = scores.topk(top_k + 1, dim=-1).values[:, -2:].unbind(-1)
+    return (last - following <= NEAR_TIE * last).sum()
 
 
 class Attention(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from text_training import AGREEMENT, AGREEMENT_STEPS, LOOP, OURS, Settings, relative_gaps
+from text_training import AGREEMENT, LOOP, OURS, Settings, agreement, parting, relative_gaps
 
 from fastmoe_cpp.monitor import statistics
 
@@ -65,12 +65,15 @@ def _gaps(axes: Any, history: list[dict[str, Any]], settings: Settings) -> None:
     # equal losses have no place on a logarithmic axis: they go to its lower edge
     floor = 1e-9
     axes.semilogy(steps, [max(g, floor) for g in gaps], color=COLOURS[OURS], linewidth=1)
-    checked = settings.dtype == "fp32"
-    if checked:
-        end = min(AGREEMENT_STEPS, max(steps))
+    if settings.dtype == "fp32":
+        end = agreement(history, settings.dtype).steps
         label = f"allowed over the first {end} steps: {AGREEMENT:g}"
         axes.hlines(AGREEMENT, 0, end, color="#b3202a", linewidth=2, label=label)
         axes.axvspan(0, end, color="#b3202a", alpha=0.06, linewidth=0)
+        parts = parting(history)
+        if parts is not None:
+            label = f"step {parts.step}: the routers first choose differently"
+            axes.axvline(parts.step, color="black", linewidth=1, linestyle=":", label=label)
         axes.legend(loc="upper right", fontsize=9)
         # the legend stands above every curve
         axes.set_ylim(floor / 2, max(1e-2, 20 * max(gaps)))

@@ -15,15 +15,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from text_data import BadInput, Batches, Text, even_windows
-from text_model import LoopMoE, TextModel
+from text_model import NEAR_TIE, LoopMoE, TextModel
 from text_ranks import Ranks, spread_model, spread_optimizer, whole
 from torch import Tensor
 
 from fastmoe_cpp import MoE, MoEConfig, RouterConfig
 
 OURS, LOOP = "fastmoe_cpp", "torch loop"
-FORMAT = "fastmoe_cpp train_text, version 2"
-#: The two loss curves must be this close, relative, over that many first steps (float32).
+FORMAT = "fastmoe_cpp train_text, version 3"
+#: The two loss curves must be this close, relative, over that many first steps or up to a Parting (float32).
 AGREEMENT, AGREEMENT_STEPS = 1e-4, 100
 HELD_OUT_WINDOWS = 32
 GRADIENT_CLIP = 1.0
@@ -150,12 +150,15 @@ class Learner:
             loss, balance_loss, tokens_per_expert = self.ranks.total(
                 loss / self.ranks.shares, balance_loss / self.ranks.shares, tokens_per_expert
             )
-        return {
+        result = {
             "bits_per_byte": bits(loss.item()),
             "balance_loss": balance_loss.item(),
             "seconds": seconds,
             "tokens_per_expert": tokens_per_expert.tolist(),
         }
+        if self.name == LOOP:
+            result["near_ties"] = [block.moe.near_ties.item() for block in self.model.blocks]
+        return result
 
     def wait(self) -> None:
         if self.device.type == "cuda":
@@ -179,16 +182,45 @@ class Learner:
 
 
 @dataclass(frozen=True)
+class Parting:
+    """The first step at which the two models' routers choose differently, and the first layer where they do.
+
+    A score within rounding of the next one may go either way, and from then on the two models train on different
+    choices: training multiplies the difference until nothing can be said of the curves. So they are compared up to
+    here, and here it must be a near tie that was decided.
+    """
+
+    step: int
+    layer: int
+    moved: int  #: tokens that chose another expert, counted by the experts' loads
+    near_ties: int  #: tokens of that layer that may
+
+    @property
+    def ok(self) -> bool:
+        return self.moved <= self.near_ties
+
+    def __str__(self) -> str:
+        tokens = f"{self.moved} token{'s' if self.moved > 1 else ''}"
+        return (
+            f"at step {self.step}: {tokens} of layer {self.layer} chose other experts than the loop's, and there "
+            f"{self.near_ties} scored two experts alike to {NEAR_TIE:g}; "
+            + ("rounding decided, and training amplifies it" if self.ok else "more than rounding explains")
+        )
+
+
+@dataclass(frozen=True)
 class Agreement:
     """How far apart the two loss curves are, relative, over the first steps."""
 
     steps: int
     largest: float
     at_step: int
+    parting: Parting | None = None
 
     @property
     def ok(self) -> bool:
-        return self.largest <= AGREEMENT  # False for a NaN
+        # False for a NaN
+        return self.largest <= AGREEMENT and (self.parting is None or self.parting.ok)
 
 
 def relative_gaps(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
@@ -201,14 +233,30 @@ def relative_gaps(history: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return gaps
 
 
-def agreement(history: list[dict[str, Any]]) -> Agreement | None:
-    """Over the first AGREEMENT_STEPS steps; None where only one model was trained."""
-    gaps = [g for g in relative_gaps(history) if g[0] <= AGREEMENT_STEPS]
+def parting(history: list[dict[str, Any]]) -> Parting | None:
+    """Where the models part; None where they never do or only one was trained."""
+    for record in history:
+        if record["kind"] == "step" and LOOP in record:
+            loads = zip(record[OURS]["tokens_per_expert"], record[LOOP]["tokens_per_expert"], strict=True)
+            for layer, (ours, loop) in enumerate(loads):
+                moved = sum(max(a - b, 0) for a, b in zip(ours, loop, strict=True))
+                if moved:
+                    return Parting(record["step"], layer, moved, record[LOOP]["near_ties"][layer])
+    return None
+
+
+def agreement(history: list[dict[str, Any]], dtype: str) -> Agreement | None:
+    """Over the first AGREEMENT_STEPS steps, in fp32 at most to where the models part; None for one model alone."""
+    parts = parting(history) if dtype == "fp32" else None
+    if parts is not None and parts.step > AGREEMENT_STEPS:
+        parts = None
+    last = AGREEMENT_STEPS if parts is None else parts.step
+    gaps = [g for g in relative_gaps(history) if g[0] <= last]
     if not gaps:
         return None
     # a NaN is the worst gap of all
     step, largest = max(gaps, key=lambda gap: math.inf if math.isnan(gap[1]) else gap[1])
-    return Agreement(len(gaps), largest, step)
+    return Agreement(len(gaps), largest, step, parts)
 
 
 def tokens_per_second(history: list[dict[str, Any]], settings: Settings, name: str) -> float:

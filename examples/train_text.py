@@ -7,8 +7,9 @@
     torchrun --nproc_per_node=2 examples/train_text.py --expert-parallel 2
 
 Both models start from the same weights and see the same batches, so their loss curves must agree: in float32 that is
-checked over the first 100 steps, and the exit status is 1 where they do not. Under torchrun each process holds a part
-of the experts and takes a part of every batch, while the first also trains the loop, alone, on all of it.
+checked over the first 100 steps, or up to the one where rounding first decides between two experts for a token, and
+the exit status is 1 where they do not. Under torchrun each process holds a part of the experts and takes a part of
+every batch, while the first also trains the loop, alone, on all of it.
 """
 
 from __future__ import annotations
@@ -278,7 +279,7 @@ def train(training: Training, args: argparse.Namespace, log: Log) -> bool:
 
 def say_agreement(training: Training) -> bool:
     """Prints how far apart the curves are; False where float32 curves are further apart than allowed."""
-    found = agreement(training.history)
+    found = agreement(training.history, training.settings.dtype)
     if found is None:
         return True
     words = f"at most {found.largest:.1e} apart (relative, at step {found.at_step}) over the first {found.steps} steps"
@@ -286,6 +287,8 @@ def say_agreement(training: Training) -> bool:
         tqdm.write(f"loss curves: {words}; bf16 rounds differently, so no bound is set")
         return True
     tqdm.write(f"loss curves {'agree' if found.ok else 'DO NOT AGREE'}: {words}; allowed {AGREEMENT:g}")
+    if found.parting is not None:
+        tqdm.write(f"they part {found.parting}")
     return found.ok
 
 
@@ -311,7 +314,7 @@ def report(training: Training, args: argparse.Namespace, log: Log) -> int:
     speed = f"{OURS} {speeds[OURS]:,.0f} tokens/s"
     if LOOP in speeds:
         ratio = speeds[OURS] / speeds[LOOP]
-        found = agreement(history)
+        found = agreement(history, s.dtype)
         result |= {"ratio": ratio, "largest_gap": found.largest, "agree": agree}
         speed += f", {LOOP} {speeds[LOOP]:,.0f}: {ratio:.2f} times as fast (whole training steps, medians, interleaved)"
     print(f"held out: {evaluations[0]:.3f} -> {evaluations[-1]:.3f} bits per byte")

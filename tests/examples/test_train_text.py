@@ -114,13 +114,63 @@ def test_curves_that_differ_fail(folder, tmp_path, monkeypatch, capsys):
     assert records(tmp_path)[-1]["agree"] is False
 
 
+def test_routers_that_differ_fail(folder, tmp_path, monkeypatch, capsys):
+    """Scores off by 0.4%, far less than the losses show at once, but more than rounding."""
+
+    def coarse(self, hidden_states):
+        with torch.no_grad():
+            weight = self.router.weight.clone()
+            self.router.weight.copy_(weight.bfloat16())
+        out = right(self, hidden_states)
+        self.router.weight.data.copy_(weight)
+        return out
+
+    right = text_model.LoopMoE.forward_with_routing
+    monkeypatch.setattr(text_model.LoopMoE, "forward_with_routing", coarse)
+    assert run(folder, tmp_path, "--steps", "12") == 1
+    said = capsys.readouterr().out
+    assert "DO NOT AGREE" in said and "more than rounding explains" in said
+    assert records(tmp_path)[-1]["agree"] is False
+
+
+def history_of(losses: list[float], loads: list[list[int]], near_ties: int) -> list[dict]:
+    """Steps of one layer and three experts, beside a loop whose loss is 2 and whose experts get 4 tokens each."""
+    return [
+        {
+            "kind": "step", "step": step,
+            "fastmoe_cpp": {"bits_per_byte": loss, "tokens_per_expert": [load]},
+            "torch loop": {"bits_per_byte": 2.0, "tokens_per_expert": [[4, 4, 4]], "near_ties": [near_ties]},
+        }
+        for step, (loss, load) in enumerate(zip(losses, loads, strict=True), start=1)
+    ]  # fmt: skip
+
+
 def test_a_nan_is_no_agreement():
-    history = [
-        {"kind": "step", "step": i, "fastmoe_cpp": {"bits_per_byte": x}, "torch loop": {"bits_per_byte": 2.0}}
-        for i, x in enumerate([2.0, float("nan"), 2.0], start=1)
-    ]
-    found = text_training.agreement(history)
+    found = text_training.agreement(history_of([2.0, float("nan"), 2.0], [[4, 4, 4]] * 3, 0), "fp32")
     assert not found.ok and found.at_step == 2
+
+
+def test_curves_are_compared_up_to_a_near_tie():
+    losses, loads = [2.0, 2.00002, 2.5], [[4, 4, 4], [3, 4, 5], [0, 0, 12]]
+    found = text_training.agreement(history_of(losses, loads, near_ties=1), "fp32")
+    assert found.ok and found.steps == 2 and found.largest == pytest.approx(1e-5)
+    assert "at step 2: 1 token of layer 0" in str(found.parting) and "rounding decided" in str(found.parting)
+    # no near tie explains it
+    assert not text_training.agreement(history_of(losses, loads, near_ties=0), "fp32").ok
+    # the step itself counts
+    assert not text_training.agreement(history_of([2.0, 2.1, 2.0], loads, near_ties=1), "fp32").ok
+    # the choices differ after the steps compared; bf16's always do
+    late = history_of([2.0] * 101, [[4, 4, 4]] * 100 + [[3, 4, 5]], near_ties=0)
+    assert text_training.agreement(late, "fp32") == text_training.Agreement(100, 0.0, 1)
+    assert text_training.agreement(history_of(losses, loads, near_ties=1), "bf16").steps == 3
+
+
+def test_near_ties_are_counted():
+    tie = text_model.NEAR_TIE
+    scores = torch.tensor([[0.5, 0.2, 0.3], [0.4, 0.3, 0.3], [0.4, 0.3 * (1 - 2 * tie), 0.3], [0.35, 0.35, 0.3]])
+    assert text_model.count_near_ties(scores, 2) == 1
+    assert text_model.count_near_ties(scores, 1) == 1
+    assert text_model.count_near_ties(scores, 3) == 0
 
 
 @pytest.mark.parametrize("option", ["--checkpoint-activations", "--dtype=bf16", "--no-compare"])
