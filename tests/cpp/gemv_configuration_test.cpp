@@ -75,7 +75,9 @@ TEST(gemv_follows_the_device_the_operands_and_the_wish) {
 
 TEST(gemv_choice_is_explained) {
   const std::string limit = std::to_string(kMaxTokens) + " tokens";
-  CHECK(choose_gemv(shape_of(1), 90, true, "").reason == "at most " + limit);
+  const std::string most = std::to_string(kMaxProducts) + " products (slots * H * I)";
+  CHECK(choose_gemv(shape_of(1), 90, true, "").reason == "at most " + limit + " and " + most);
+  CHECK(choose_gemv(shape_of(1, 1 << 13, 1 << 13, 8, 2), 90, true, "").reason == "more than " + most);
   CHECK(choose_gemv(shape_of(kMaxTokens + 1), 90, true, "").reason == "more than " + limit);
   for (Product product : {Product::up, Product::down}) {
     const auto words = explain(product, shape_of(1), 132);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from fastmoe_cpp import _C, _extension, explain
@@ -73,21 +75,28 @@ def test_every_product_of_every_shape(device, dtype, monkeypatch):
 @built
 @pytest.mark.parametrize("device", explain.KNOWN)
 def test_few_tokens_take_matrix_vector_kernels(device, monkeypatch):
-    """Up to some number of tokens, which the reason names; never where the portable path is asked for."""
+    """Up to some number of tokens and of products, which the path's line names; never where portable is asked for."""
     monkeypatch.delenv("FASTMOE_CPP_PATH", raising=False)
     known = explain.KNOWN[device]
     for activation, rows in (("swiglu", "2 rows (gate and up)"), ("gelu", "2 neighbouring rows")):
-        _, up, down, *backward = explain.explain((1, 2048, 768, 128, 8), "float16", activation, known)
+        path, up, down, *backward = explain.explain((1, 2048, 768, 128, 8), "float16", activation, known)
         assert rows in up and "4 neighbouring rows" in down
-        assert up.endswith(" tokens") and "at most" in up
+        limit, most = map(
+            int, re.search(r"; up and down by matrix-vector kernels: at most (\d+) tokens and (\d+) ", path).groups()
+        )
         assert not any("matrix-vector" in line for line in backward)
-    limit = int(up.split()[-2])
-    for tokens in (limit, limit + 1):
-        _, up, down, *_ = explain.explain((tokens, 2048, 768, 128, 8), "bfloat16", "swiglu", known)
-        assert ("matrix-vector" in up) == ("matrix-vector" in down) == (tokens == limit)
-    assert not any(
-        "matrix-vector" in line for line in explain.explain((1, 4096, 14336, 8, 2), "bfloat16", "swiglu", known)
-    )
+
+    def path_and_up(*sizes: int) -> tuple[str, bool]:
+        path, up, down, *_ = explain.explain(sizes, "bfloat16", "swiglu", known)
+        assert ("matrix-vector" in up) == ("matrix-vector" in down)
+        return path, "matrix-vector" in up
+
+    assert path_and_up(limit, 2048, 768, 128, 8)[1]
+    path, taken = path_and_up(limit + 1, 2048, 768, 128, 8)
+    assert not taken and path.endswith(f"; up and down by tiles: more than {limit} tokens")
+    assert path_and_up(1, 1024, most // 1024, 8, 1)[1]
+    path, taken = path_and_up(1, 1024, most // 1024 + 8, 8, 1)
+    assert not taken and path.endswith(f"; up and down by tiles: more than {most} products (slots * H * I)")
     monkeypatch.setenv("FASTMOE_CPP_PATH", "portable")
     assert not any("matrix-vector" in line for line in explain.explain((1, 64, 64, 4, 2), "bfloat16", "swiglu", known))
 

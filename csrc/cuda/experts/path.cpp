@@ -26,15 +26,16 @@ GemvChoice choose_gemv(const ExpertShape& shape, int capability, bool aligned, s
   if (capability < 80) return {false, "the matrix-vector kernels need compute capability 8.0 or newer"};
   if (!aligned) return {false, "the matrix-vector kernels need operands on 16-byte boundaries"};
   const std::string limit = std::to_string(gemv::kMaxTokens) + " tokens";
+  const std::string most = std::to_string(gemv::kMaxProducts) + " products (slots * H * I)";
   if (shape.tokens > gemv::kMaxTokens) return {false, "more than " + limit};
   const double products = static_cast<double>(shape.slots()) * shape.hidden * shape.intermediate;
-  if (products > gemv::kMaxProducts) return {false, "more products than the matrix-vector kernels gain from"};
+  if (products > gemv::kMaxProducts) return {false, "more than " + most};
   if (!gemv::supports(shape)) {
     return {false,
             "the matrix-vector kernels need bfloat16 or float16, and hidden and intermediate sizes that are multiples "
             "of 8"};
   }
-  return {true, "at most " + limit};
+  return {true, "at most " + limit + " and " + most};
 }
 
 }  // namespace fastmoe_cpp::cuda

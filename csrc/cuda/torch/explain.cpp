@@ -38,11 +38,13 @@ std::vector<std::string> explain_experts(std::string_view dtype, int64_t tokens,
   shape.activation = parse_activation(activation);
   shape.plan_slots = tokens * top_k;
   const PathChoice choice = choose_path(shape, device.capability, /*aligned=*/true, wish);
-  std::vector<std::string> lines{(choice.path == Path::hopper ? "Hopper path: " : "portable path: ") + choice.reason};
   const GemvChoice few = choose_gemv(shape, device.capability, /*aligned=*/true, wish);
+  std::vector<std::string> lines{(choice.path == Path::hopper ? "Hopper path: " : "portable path: ") + choice.reason +
+                                 "; up and down by " + (few.taken ? "matrix-vector kernels: " : "tiles: ") +
+                                 few.reason};
   for (int i = 0; i < 6; ++i) {
     if (few.taken && i < 2) {
-      lines.push_back(gemv::explain(static_cast<gemv::Product>(i), shape, device.multiprocessors) + "; " + few.reason);
+      lines.push_back(gemv::explain(static_cast<gemv::Product>(i), shape, device.multiprocessors));
       continue;
     }
 #ifdef FASTMOE_SM90

@@ -10,7 +10,7 @@ namespace fastmoe_cpp::cuda::gemv {
 // A layer's forward pass runs here up to so many tokens, which an expert's weight meets at once, and so many products,
 // slots * H * I: of a longer pass tiles lose less at its ends than these kernels on the way.
 inline constexpr int64_t kMaxTokens = 4;
-inline constexpr double kMaxProducts = 1 << 26;
+inline constexpr int64_t kMaxProducts = 1 << 26;
 
 inline constexpr int kThreads = 256;
 inline constexpr int kResident = 3;      // blocks on a multiprocessor
