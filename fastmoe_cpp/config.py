@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from . import hosts
+
 ACTIVATIONS = (
     "swiglu", "geglu", "geglu_tanh", "reglu", "clamped_swiglu", "silu", "gelu", "gelu_tanh", "relu", "relu2",
 )  # fmt: skip
@@ -257,16 +259,13 @@ class MoEConfig:
         changes replace fields of the result. The host's balance loss runs over all layers at once, outside the block
         (losses.huggingface), so no coefficient is taken from the host.
         """
-        from . import hosts
-
-        return hosts.moe_config(config, **changes)
+        fields = hosts.layer_fields(config)
+        return cls(**(fields | {"router": RouterConfig(**fields["router"])} | changes))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> MoEConfig:
         """The layer of a published model by name, such as 'mixtral-8x7b' or 'qwen3-30b-a3b'; changes replace fields."""
-        from . import hosts
-
-        return hosts.preset(name, **changes)
+        return cls.from_hf(hosts.published(name), **changes)
 
 
 def capacity_ratio(num_experts: int, top_k: int, factor: float | None) -> tuple[int, int] | None:

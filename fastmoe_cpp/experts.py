@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,22 @@ from .config import MoEConfig
 from .outputs import DispatchPlan
 from .reference import activate
 
-if TYPE_CHECKING:
-    from .parallel.experts import ParallelExperts
+
+class SpreadExperts(Protocol):
+    """What computes an Experts module of which other ranks hold a part: parallel.experts.ParallelExperts is one."""
+
+    def __call__(
+        self,
+        experts: Experts,
+        hidden_states: Tensor,
+        topk_weights: Tensor,
+        plan: DispatchPlan,
+        beside: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Experts.forward."""
+
+    def draw(self, weight: Tensor, std: float) -> None:
+        """Draws a weight from a normal distribution, other numbers for every rank's part of it."""
 
 
 class Experts(nn.Module):
@@ -31,7 +45,7 @@ class Experts(nn.Module):
         super().__init__()
         self.config = config
         #: What computes the experts where other ranks hold some of them (parallel.ExpertParallel sets it).
-        self.parallel: ParallelExperts | None = None
+        self.parallel: SpreadExperts | None = None
         experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
 
         def parameter(*shape: int) -> nn.Parameter:

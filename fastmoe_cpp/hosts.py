@@ -1,20 +1,14 @@
-"""The MoE blocks of transformers' models as configurations, and their weights into a layer.
+"""The MoE blocks of transformers' models as the fields of a MoEConfig, and their weights into a layer.
 
 The facts are those of transformers 5: where each family keeps its sizes, what its router does, how its block is built.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-from .config import MoEConfig, RouterConfig
-
-if TYPE_CHECKING:
-    from .moe import MoE
 
 _GATED_OF_HIDDEN_ACT = {
     "silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "gelu_new": "geglu_tanh", "gelu_pytorch_tanh": "geglu_tanh",
@@ -22,7 +16,8 @@ _GATED_OF_HIDDEN_ACT = {
 }  # fmt: skip
 
 
-def _activation(config: Any) -> str:
+def activation(config: Any) -> str:
+    """MoEConfig.activation of a gated MLP with the configuration's hidden_act; ValueError for an unknown one."""
     if config.hidden_act not in _GATED_OF_HIDDEN_ACT:
         known = ", ".join(repr(a) for a in _GATED_OF_HIDDEN_ACT)
         raise ValueError(f"hidden_act must be one of {known}, got {config.hidden_act!r}")
@@ -34,7 +29,7 @@ def _mixtral(c: Any) -> dict[str, Any]:
     return {
         "intermediate_size": c.intermediate_size,
         "num_experts": c.num_local_experts,
-        "router": RouterConfig(jitter_eps=jitter, jitter_experts=jitter > 0),
+        "router": {"jitter_eps": jitter, "jitter_experts": jitter > 0},
     }
 
 
@@ -42,7 +37,7 @@ def _qwen3_moe(c: Any) -> dict[str, Any]:
     return {
         "intermediate_size": c.moe_intermediate_size,
         "num_experts": c.num_experts,
-        "router": RouterConfig(renormalize=c.norm_topk_prob),
+        "router": {"renormalize": c.norm_topk_prob},
     }
 
 
@@ -55,7 +50,7 @@ def _olmoe(c: Any) -> dict[str, Any]:
     return {
         "intermediate_size": c.intermediate_size,
         "num_experts": c.num_experts,
-        "router": RouterConfig(renormalize=c.norm_topk_prob),
+        "router": {"renormalize": c.norm_topk_prob},
     }
 
 
@@ -64,16 +59,16 @@ def _deepseek_v3(c: Any) -> dict[str, Any]:
         "intermediate_size": c.moe_intermediate_size,
         "num_experts": c.n_routed_experts,
         "shared_intermediate_size": c.moe_intermediate_size * c.n_shared_experts if c.n_shared_experts else None,
-        "router": RouterConfig(
-            score_function="sigmoid",
-            renormalize=bool(c.norm_topk_prob),
-            renormalize_epsilon=1e-20,
-            scaling_factor=c.routed_scaling_factor,
-            num_groups=c.n_group or 1,
-            topk_groups=c.topk_group or 1,
-            group_score="top2_sum",
-            expert_bias=True,
-        ),
+        "router": {
+            "score_function": "sigmoid",
+            "renormalize": bool(c.norm_topk_prob),
+            "renormalize_epsilon": 1e-20,
+            "scaling_factor": c.routed_scaling_factor,
+            "num_groups": c.n_group or 1,
+            "topk_groups": c.topk_group or 1,
+            "group_score": "top2_sum",
+            "expert_bias": True,
+        },
     }
 
 
@@ -84,7 +79,7 @@ def _gpt_oss(c: Any) -> dict[str, Any]:
         "activation": "clamped_swiglu",
         "bias": True,
         "interleaved": True,
-        "router": RouterConfig(scores_after_topk=True, renormalize=False, bias=True),
+        "router": {"scores_after_topk": True, "renormalize": False, "bias": True},
     }
 
 
@@ -98,19 +93,21 @@ _FAMILIES = {
 }
 
 
-def moe_config(config: Any, **changes: Any) -> MoEConfig:
-    """See MoEConfig.from_hf."""
+def layer_fields(config: Any) -> dict[str, Any]:
+    """The fields of MoEConfig for a transformers configuration; 'router' holds those of RouterConfig.
+
+    Raises ValueError for a family or an activation that is not known.
+    """
     family = getattr(config, "model_type", None)
     if family not in _FAMILIES:
         known = ", ".join(repr(f) for f in _FAMILIES)
         raise ValueError(f"config.model_type must be one of {known}, got {family!r}")
-    fields = {
+    return {
         "hidden_size": config.hidden_size,
         "top_k": config.num_experts_per_tok,
-        "activation": _activation(config),
+        "activation": activation(config),
         "initializer_range": getattr(config, "initializer_range", 0.02),
     } | _FAMILIES[family](config)
-    return MoEConfig(**(fields | changes))
 
 
 # Sizes as published in each model's config.json.
@@ -147,17 +144,17 @@ _PUBLISHED: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def preset(name: str, **changes: Any) -> MoEConfig:
-    """See MoEConfig.preset."""
+def published(name: str) -> Any:
+    """What layer_fields reads of a published model's configuration; ValueError for a name that is not known."""
     if name not in _PUBLISHED:
         known = ", ".join(repr(n) for n in _PUBLISHED)
         raise ValueError(f"the preset's name must be one of {known}, got {name!r}")
-    return dataclasses.replace(moe_config(SimpleNamespace(hidden_act="silu", **_PUBLISHED[name])), **changes)
+    return SimpleNamespace(hidden_act="silu", **_PUBLISHED[name])
 
 
 @torch.no_grad()
-def load_block(layer: MoE, block: torch.nn.Module) -> None:
-    """Copies the weights of a transformers MoE block (version 5: stacked experts) into a layer made by from_hf.
+def load_block(layer: torch.nn.Module, block: torch.nn.Module) -> None:
+    """Copies the weights of a transformers MoE block (version 5: stacked experts) into a MoE made by from_hf.
 
     Raises ValueError, and changes nothing, where a tensor is missing on either side or its shape differs.
     """

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from . import ops
 from .config import BALANCE_LOSSES
+from .groups import sum_over_ranks
 
 
 def probabilities(scores: Tensor, score_function: str) -> Tensor:
@@ -133,20 +134,6 @@ def huggingface(
     if attention_mask is not None:
         padding = (attention_mask == 0).reshape(-1).repeat(len(probs)).to(probs[0].device)
     return balance_loss(torch.cat(probs), torch.cat(ids), "huggingface", padding_mask=padding)
-
-
-def sum_over_ranks(counts: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """A copy of counts summed over a group's ranks, or counts itself where there is no group."""
-    if group is None:
-        return counts
-    counts = counts.clone()
-    try:
-        dist.all_reduce(counts, group=group)
-    except RuntimeError as error:
-        from .parallel.exchange import failed
-
-        raise failed("sum_over_ranks", group, error) from error
-    return counts
 
 
 class _AddGradient(torch.autograd.Function):

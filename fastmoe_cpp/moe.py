@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import losses, ops
+from . import hosts, losses, ops
 from .config import MoEConfig
 from .experts import Experts, SharedExperts, check_padding_mask
+from .groups import sum_over_ranks
 from .outputs import DispatchPlan, MoEOutput, RouterOutput
 from .router import Router
 
@@ -151,7 +152,7 @@ class MoE(nn.Module):
             ids = ops.route(probs.detach(), c.top_k, scores_after_topk=True)[1]
         global_counts = None
         if form == "global" and self.training:
-            global_counts = losses.sum_over_ranks(self.router.tokens_per_expert, self.balance_group)
+            global_counts = sum_over_ranks(self.router.tokens_per_expert, self.balance_group)
         if form == "sequence" and hidden_states.dim() > 2:
             sequences = hidden_states.shape[:-1].numel() // max(hidden_states.shape[-2], 1)
             probs = probs.reshape(sequences, hidden_states.shape[-2], c.num_experts)
@@ -186,6 +187,4 @@ class MoE(nn.Module):
 
     def load_hf_block(self, block: nn.Module) -> None:
         """Copies the weights of a transformers (version 5) MoE block; ValueError where names or shapes differ."""
-        from .hosts import load_block
-
-        load_block(self, block)
+        hosts.load_block(self, block)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import MoEConfig
-from .losses import sum_over_ranks
+from .groups import sum_over_ranks
 from .outputs import RouterOutput
 
 

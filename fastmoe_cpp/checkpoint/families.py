@@ -89,7 +89,7 @@ def moe_of(config: Mapping[str, Any]) -> MoEConfig:
         changes = (
             {"activation_limit": fields["swiglu_limit"]} if family == "gpt_oss" and "swiglu_limit" in fields else {}
         )
-        return hosts.moe_config(SimpleNamespace(**fields), **changes)
+        return MoEConfig.from_hf(SimpleNamespace(**fields), **changes)
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"config.json: {error}") from None
 
@@ -101,7 +101,7 @@ def _deepseek(fields: Mapping[str, Any]) -> MoEConfig:
         fields["moe_intermediate_size"],
         fields["n_routed_experts"],
         fields["num_experts_per_tok"],
-        activation=hosts._activation(SimpleNamespace(**fields)),
+        activation=hosts.activation(SimpleNamespace(**fields)),
         shared_intermediate_size=shared * fields["moe_intermediate_size"] if shared else None,
         initializer_range=fields["initializer_range"],
         router=RouterConfig(renormalize=bool(fields["norm_topk_prob"])),

@@ -1,7 +1,8 @@
 """The layer over several ranks, on torch.distributed."""
 
+from ..groups import ExchangeError
 from .checkpoint import export_safetensors, load_checkpoint, save_checkpoint
-from .exchange import ExchangeError, all_to_all_rows, exchange_counts
+from .exchange import all_to_all_rows, exchange_counts
 from .gradients import average_gradients, clip_grad_norm_, grad_norm, parameter_groups
 from .style import ExpertParallel, ExpertTensorParallel
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from .exchange import describe, failed
+from ..groups import describe, failed
 
 
 def facts_of(config: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,36 +11,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .._extension import require
+from ..groups import describe, failed, resolve
 
 require()
 _collectives = torch.ops._c10d_functional
-
-
-#: A collective failed or ran out of time; the message names it, the group, this rank and the cause.
-ExchangeError = dist.DistBackendError
-
-
-def resolve(group: dist.ProcessGroup | None) -> dist.ProcessGroup:
-    """The group itself, or for None the default one; raises RuntimeError where this process is in none."""
-    if not dist.is_available() or not dist.is_initialized():
-        raise RuntimeError("torch.distributed must be initialized (init_process_group, or torchrun), and is not")
-    if group is None:
-        return dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group must be a ProcessGroup that this rank is in, got {group!r}")
-    return group
-
-
-def describe(group: dist.ProcessGroup) -> str:
-    """'rank 1 of 4 in group 'ep' (global rank 5)'."""
-    name = group.group_desc if group.group_desc not in ("", "undefined") else group.group_name
-    return f"rank {group.rank()} of {group.size()} in group {name!r} (global rank {dist.get_rank()})"
-
-
-def failed(operation: str, group: dist.ProcessGroup, error: BaseException) -> ExchangeError:
-    """What to raise from a collective's error."""
-    cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return ExchangeError(f"{operation} failed on {describe(group)}: {cause}")
 
 
 def _counts(name: str, counts: Sequence[int] | Tensor, size: int) -> list[int]:

@@ -12,7 +12,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 
-from .exchange import failed
+from ..groups import failed
 
 #: Elements of one all_reduce, at the most beside a single larger gradient.
 BUCKET = 2**25

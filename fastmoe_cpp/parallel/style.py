@@ -12,9 +12,9 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.distributed.tensor.placement_types import Placement
 
+from ..groups import resolve
 from ..moe import MoE
 from .agreement import check_agreement, facts_of, gathered
-from .exchange import resolve
 from .experts import ParallelExperts
 from .paths import Path, check_path, choose_path
 from .stored import take_whole

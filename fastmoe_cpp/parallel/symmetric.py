@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .. import ops
+from ..groups import describe, failed
 from ..outputs import DispatchPlan
-from .exchange import describe, failed
 
 _ops = torch.ops.fastmoe_cpp_symmetric
 MAX_RANKS = 64

@@ -18,8 +18,8 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from ..config import MoEConfig
+from ..groups import describe, failed
 from .agreement import gathered
-from .exchange import describe, failed
 
 _collectives = torch.ops._c10d_functional
 

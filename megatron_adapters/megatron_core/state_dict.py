@@ -11,12 +11,10 @@ stacked       ``linear_fc1.weight [E_local, ...]``, ``linear_fc1.bias``      the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    from .experts import GroupedExperts
+from torch import nn
 
 _LINEARS = ("linear_fc1", "linear_fc2")
 
@@ -39,8 +37,8 @@ def split(state: dict, prefix: str, grouped: bool) -> dict:
     return state
 
 
-def stack(state: dict, prefix: str, experts: GroupedExperts) -> None:
-    """state with the names of either layout under prefix replaced, in place, by the stacked ones.
+def stack(state: dict, prefix: str, experts: nn.Module) -> None:
+    """state with the names of either layout under prefix replaced, in place, by those of a GroupedExperts.
 
     Raises ValueError where a tensor's experts are not all there, or one has another shape; state is then unchanged.
     """
@@ -76,8 +74,8 @@ def stack(state: dict, prefix: str, experts: GroupedExperts) -> None:
     state.update(found)
 
 
-def sharded(experts: GroupedExperts, prefix: str, sharded_offsets: tuple, metadata: dict | None) -> dict[str, Any]:
-    """One ShardedTensor a parameter, under the key and with the global shape the host's experts write."""
+def sharded(experts: nn.Module, prefix: str, sharded_offsets: tuple, metadata: dict | None) -> dict[str, Any]:
+    """A ShardedTensor a parameter of a GroupedExperts, under the key and of the global shape of the host's experts."""
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.transformer.utils import make_sharded_object_for_checkpoint
 
