@@ -60,8 +60,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 
   m.def("saves_for_itself", &autograd::saves_for_itself,
         "Whether what an autograd Function saves now is seen by nobody else: no saved-tensor hook is set.");
-  m.def("last_use", &autograd::last_use, "saved"_a,
-        "Whether backward, which calls this, may overwrite what forward saved for it: the graph is not kept.");
+  m.def("last_use", &autograd::last_use, "saved"_a, "grad"_a,
+        "Whether backward of grad, which calls this, may overwrite what forward saved for it: the graph is not kept.");
 
   // Without the interpreter's lock, as torch.ops calls them: what an operator waits for may need it on another thread (an
   // exchange its group's, which drops tensors that Python knows).

@@ -64,7 +64,7 @@ class _Experts(torch.autograd.Function):
             )
         wanted = list(ctx.needs_input_grad[:6])
         saved = ctx.saved_tensors
-        ctx.overwritten = ctx.own and _C.last_use(saved[-1])
+        ctx.overwritten = ctx.own and _C.last_use(saved[-1], grad_output)
         x, up, down, weights, up_bias, down_bias = _ops.experts_backward_accumulate(
             grad_output, *saved, *ctx.curve, wanted, *buffers, saved[-1] if ctx.overwritten else None
         )

@@ -46,7 +46,7 @@ struct Experts : torch::autograd::Function<Experts> {
                       data["interleaved"].toBool(), data["weight_on_input"].toBool(),
                       std::array<bool, 6>{wanted(0), wanted(1), wanted(2), wanted(3), wanted(7), wanted(8)}, to...);
     };
-    const bool overwrites = data["own"].toBool() && last_use(saved[9]);
+    const bool overwrites = data["own"].toBool() && last_use(saved[9], grads[0]);
     if (overwrites) data["overwritten"] = true;
     const OptionalTensor none;
     const auto [hidden, gate_up, down, weights, gate_up_bias_grad, down_bias_grad] =

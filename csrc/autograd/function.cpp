@@ -48,8 +48,9 @@ variable_list arguments_that_require_grad(const torch::jit::Stack& stack, size_t
 
 bool saves_for_itself() { return !at::SavedTensorDefaultHooks::get_hooks().has_value(); }
 
-bool last_use(const Tensor& saved) {
-  return !torch::autograd::get_current_graph_task_keep_graph() && !at::isTensorSubclassLike(saved);
+bool last_use(const Tensor& saved, const Tensor& grad) {
+  return !torch::autograd::get_current_graph_task_keep_graph() && !at::isTensorSubclassLike(saved) &&
+         !at::isTensorSubclassLike(grad);
 }
 
 void refuse_double_backward(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {

@@ -52,8 +52,9 @@ inline Tensor grad_or_none(const Tensor& grad, bool wanted) { return wanted ? gr
 
 // Of what a node saves: whether nobody but the node will hold it, asked in forward (a saved-tensor hook would see it) ...
 bool saves_for_itself();
-// ... and whether backward may overwrite it: this is the graph's last backward, and nothing traces it.
-bool last_use(const Tensor& saved);
+// ... and whether backward, given grad, may overwrite it: this is the graph's last backward, and nothing traces it or
+// runs it for a batch of gradients.
+bool last_use(const Tensor& saved, const Tensor& grad);
 
 // Backward operators run once: their own gradient is refused in one sentence, and only if somebody asks for it.
 void refuse_double_backward(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack);

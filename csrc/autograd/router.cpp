@@ -76,10 +76,10 @@ std::tuple<Tensor, Tensor, Tensor> route_autograd(const Tensor& logits, int64_t 
                                                   std::string_view group_score) {
   if (recording({&logits})) {
     // Bias and selection scores choose experts; a gradient never flows to them.
-    auto out = Route::apply(logits, top_k, expert_bias ? OptionalTensor(expert_bias->detach()) : expert_bias,
-                            selection_scores ? OptionalTensor(selection_scores->detach()) : selection_scores, topk_ids,
-                            score_function, scores_after_topk, renormalize, renormalize_epsilon, scaling_factor,
-                            num_groups, topk_groups, group_score);
+    const auto detached = [](const OptionalTensor& t) { return has(t) ? OptionalTensor(t->detach()) : std::nullopt; };
+    auto out = Route::apply(logits, top_k, detached(expert_bias), detached(selection_scores), topk_ids, score_function,
+                            scores_after_topk, renormalize, renormalize_epsilon, scaling_factor, num_groups,
+                            topk_groups, group_score);
     return {out[0], out[1], out[2]};
   }
   at::AutoDispatchBelowADInplaceOrView guard;

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 #include <cstdio>
+#include <map>
+#include <mutex>
 #include <type_traits>
 
 #include "experts/experts.h"  // DType
@@ -128,6 +130,24 @@ static __device__ __noinline__ void refuse_expert_id(long long pair, long long i
 }
 __device__ __forceinline__ void require_expert_id(int64_t pair, int64_t id, int experts) {
   if (id < -1 || id >= experts) refuse_expert_id(pair, id, experts);
+}
+
+// A kernel's launches may ask for so much dynamic shared memory on the current device: above 48 KiB that has to be said
+// before. What other threads were allowed is never taken back.
+template <auto kKernel>
+cudaError_t allow_shared_memory(size_t bytes) {
+  static std::mutex mutex;
+  static std::map<int, size_t> allowed;
+  int device = 0;
+  if (const auto e = cudaGetDevice(&device)) return e;
+  const std::lock_guard<std::mutex> lock(mutex);
+  size_t& most = allowed[device];
+  if (bytes <= most) return cudaSuccess;
+  if (const auto e =
+          cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
+    return e;
+  most = bytes;
+  return cudaSuccess;
 }
 
 template <typename... Params, typename... Args>

@@ -333,10 +333,7 @@ template <typename Id, int kBits>
 cudaError_t plan(const DispatchParams& p, int64_t blocks, cudaStream_t stream) {
   const auto kernel = plan_kernel<Id, kBits>;
   const size_t bytes = shared_for(p.experts);
-  if (bytes > 48 * 1024)
-    if (const auto e =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)))
-      return e;
+  if (const auto e = allow_shared_memory<plan_kernel<Id, kBits>>(bytes)) return e;
   cudaLaunchAttribute cooperative{};
   cooperative.id = cudaLaunchAttributeCooperative;
   cooperative.val.cooperative = 1;

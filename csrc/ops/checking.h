@@ -88,6 +88,7 @@ inline void plan(const Arg& slot_index, const Arg& token_slot, const Arg& expert
   dims(token_slot, 2, "[T, K]");
   dims(slot_index, 1, "[P]");
   dims(expert_offsets, 1, "[E + 1]");
+  at_least(expert_offsets.size(0) - 1, 1, "the number of experts, one less than the size of expert_offsets,");
   number_of_slots(slot_index.size(0), token_slot, slot_index.name);
   for (const Arg* a : {&slot_index, &token_slot, &expert_offsets}) {
     dtype_is(*a, at::kInt, "as dispatch returns it");

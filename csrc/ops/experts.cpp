@@ -43,6 +43,8 @@ void check_experts_forward(const Tensor& hidden_states, const Tensor& gate_up_pr
   size_is(down, 1, x.size(1), "[E, H, I] for hidden_states [T, H]");
   size_is(up, 1, gated ? down.size(2) * 2 : down.size(2),
           gated ? "[E, 2 * I, H] for down_proj [E, H, I]" : "[E, I, H] for down_proj [E, H, I]");
+  at_least(x.size(1), 1, "the hidden size");
+  at_least(down.size(2), 1, "the intermediate size");
   for (const Arg* a : {&up, &down}) {
     TORCH_CHECK_TYPE(a->t.scalar_type() == x.t.scalar_type(), a->name, " must have the dtype of hidden_states, ",
                      x.t.scalar_type(), ", outside autocast, got ", a->t.scalar_type());
@@ -77,6 +79,7 @@ void check_experts_backward(const Tensor& grad_output, const Tensor& hidden_stat
     size_is(p, 0, slot_index.sym_size(0), "[P, ...] as slot_index");
     size_is(p, 1, gate_up_proj.sym_size(1), "[..., 2 * I] as gate_up_proj");
     dtype_is(p, hidden_states.scalar_type(), "hidden_states' dtype");
+    same_device(p, {hidden_states, "hidden_states"});
   }
 }
 

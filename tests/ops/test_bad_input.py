@@ -119,6 +119,7 @@ CASES = {
     "gather_rows": (gather, {"hidden_states": f(T + 1, H)}, V, ("token_slot", "[T, K]", "8", "[7, 2]")),
     "gather_slot_index_int64": (gather, {"slot_index": f(T * K, dtype=torch.int64)}, TYPE, ("slot_index", "Int", "Long")),
     "gather_slot_index_long": (gather, {"slot_index": f(T * K + 1, dtype=torch.int32)}, V, ("slot_index", "T * K = 14", "15")),
+    "gather_offsets_empty": (gather, {"expert_offsets": f(0, dtype=torch.int32)}, V, ("number of experts", "expert_offsets", "at least 1", "-1")),
     "gather_offsets_2d": (gather, {"expert_offsets": f(1, E + 1, dtype=torch.int32)}, V, ("expert_offsets", "[E + 1]", "[1, 6]")),
     "gather_backward_rows": (lambda b: ops.gather_backward(f(T * K + 1, H), b["token_slot"]), {}, V, ("grad_rows", "T * K = 14", "15")),
     "combine_rows": (combine, {"rows": f(T * K - 1, H)}, V, ("rows", "[P, H]", "14", "[13, 6]")),
@@ -145,6 +146,8 @@ CASES = {
     "experts_plan_of_other_t": (experts, {"token_slot": f(T + 1, K, dtype=torch.int32)}, V, ("token_slot", "[T, K]", "7", "[8, 2]")),
     "experts_token_slot_int64": (experts, {"token_slot": f(T, K, dtype=torch.int64)}, TYPE, ("token_slot", "Int", "Long")),
     "experts_activation": (experts, {"activation": "swish"}, V, ("activation", "'swiglu'", "'swish'")),
+    "experts_no_hidden": (experts, {"hidden_states": f(T, 0), "gate_up_proj": f(E, 2 * I, 0), "down_proj": f(E, 0, I)}, V, ("hidden size", "at least 1", "0")),
+    "experts_no_intermediate": (experts, {"gate_up_proj": f(E, 0, H), "down_proj": f(E, H, 0)}, V, ("intermediate size", "at least 1", "0")),
     "experts_plan_strided": (experts, {"token_slot": f(T, 2 * K, dtype=torch.int32)[:, ::2]}, V, ("token_slot", "contiguous", "strides")),
     # grouped_linear
     "grouped_rows_1d": (grouped, {"rows": f(H)}, V, ("rows", "[S, in]", "[6]")),

@@ -33,10 +33,6 @@ def gradients(inputs):
     return found
 
 
-def backward(out, grad, **options):
-    out.backward(grad, **options)
-
-
 def same(a, b):
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
@@ -63,13 +59,13 @@ def test_the_bits_of_a_graph_that_is_kept(device, activation, dtype, interleaved
     }
     out = run_experts(inputs, plan, **options)
     grad = normal(*out.shape, seed=9, dtype=dtype, device=device)
-    backward(out, grad, retain_graph=True)
+    out.backward(grad, retain_graph=True)
     first = gradients(inputs)
-    backward(out, grad, retain_graph=True)  # a second time: nothing was overwritten
+    out.backward(grad, retain_graph=True)  # a second time: nothing was overwritten
     same(first, gradients(inputs))
-    backward(out, grad)
+    out.backward(grad)
     same(first, gradients(inputs))
-    backward(run_experts(inputs, plan, recompute=True, **options), grad)
+    run_experts(inputs, plan, recompute=True, **options).backward(grad)
     same(first, gradients(inputs))
 
 
@@ -105,7 +101,7 @@ def test_a_saved_tensor_hook_keeps_what_it_saw(device, run):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         out = run(inputs, plan)
-    backward(out, torch.ones_like(out))
+    out.backward(torch.ones_like(out))
     assert any(t.shape == (300, 2 * INNER) for t, _ in seen)
     same(*zip(*seen, strict=True))
 
@@ -119,7 +115,7 @@ def test_main_grads_function_overwrites(device):
         out = fused(inputs, plan)
         pre = out.grad_fn.saved_tensors[-1]
         before = pre.clone()
-        backward(out, grad, retain_graph=keeps)
+        out.backward(grad, retain_graph=keeps)
         assert torch.equal(pre, before) == keeps
         found.append([g for g in gradients(inputs) if g is not None] + [inputs[n].main_grad for n in GRADIENTS[1:3]])
     same(*found)
@@ -138,25 +134,37 @@ def test_a_failed_backward_is_not_repeated_on_what_it_overwrote(device, monkeypa
     if path == "Python":
         monkeypatch.setattr(main_grad, "_ops", type("Ops", (), {"experts_backward_accumulate": staticmethod(fails)}))
         with pytest.raises(RuntimeError, match="no memory left"):
-            backward(out, grad)
+            out.backward(grad)
         monkeypatch.undo()
     else:
         library = torch.library.Library("fastmoe_cpp", "IMPL")
         library.impl("experts_backward_accumulate", fails, device.upper(), allow_override=True)
         with pytest.raises(RuntimeError, match="no memory left"):
-            backward(out, grad)
+            out.backward(grad)
         library._destroy()
         del library
         gc.collect()
     with pytest.raises(RuntimeError, match="experts: a backward that failed has overwritten what forward kept"):
-        backward(out, grad)
+        out.backward(grad)
     gradients(inputs)
-    backward(run(inputs, plan), grad)  # and the next pass works
+    run(inputs, plan).backward(grad)  # and the next pass works
     assert inputs["hidden_states"].grad.isfinite().all()
 
 
+def test_a_batch_of_gradients(device):
+    """It runs the operators under vmap, which has no rule for one that writes into its arguments."""
+    inputs, plan = sample(device)
+    wanted = [inputs[n] for n in GRADIENTS]
+    grads = normal(3, 150, 40, seed=9, device=device)
+    batched = torch.autograd.grad(run_experts(inputs, plan), wanted, grads, is_grads_batched=True)
+    out = run_experts(inputs, plan)
+    single = [torch.autograd.grad(out, wanted, grad, retain_graph=True) for grad in grads]
+    for found, expected in zip(batched, zip(*single, strict=True), strict=True):
+        assert torch.equal(found, torch.stack(expected))
+
+
 def test_when_a_backward_is_the_last(device):
-    """_C.last_use, asked inside a backward: by kept graph, mode and subclass."""
+    """_C.last_use, asked inside a backward: by kept graph, mode and a batch of gradients."""
     asked = []
 
     class Asks(torch.autograd.Function):
@@ -167,7 +175,7 @@ def test_when_a_backward_is_the_last(device):
 
         @staticmethod
         def backward(ctx, grad):
-            asked.append(_C.last_use(ctx.saved_tensors[0]))
+            asked.append(_C.last_use(ctx.saved_tensors[0], grad))
             return grad * 2
 
     x = torch.ones(3, device=device, requires_grad=True)
@@ -177,8 +185,9 @@ def test_when_a_backward_is_the_last(device):
     y.sum().backward()
     with FlopCounterMode(display=False):
         Asks.apply(x).sum().backward()
-    assert asked == [False, False, True, False]
-    assert not _C.last_use(x), "outside backward nothing is known"
+    torch.autograd.grad(Asks.apply(x), x, torch.ones(2, 3, device=device), is_grads_batched=True)
+    assert asked == [False, False, True, False, False]
+    assert not _C.last_use(x, x), "outside backward nothing is known"
     assert _C.saves_for_itself()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         assert not _C.saves_for_itself()
@@ -205,6 +214,31 @@ def test_a_workspace_that_does_not_fit(device, change, found):
         ops.experts_backward_accumulate(given[0], *given, *rest, change(workspace))
 
 
+@pytest.mark.parametrize("tokens", [2, 150])  # on a GPU, matrix-vector kernels and tiles
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_workspace_at_any_address(device, dtype, tokens):
+    """One element past a boundary: it may be left unused, and the results are the same."""
+    inputs, plan = sample(device, "relu2", tokens, dtype)
+    given = [inputs[n].detach() for n in GRADIENTS[:4]] + [*plan[:3]]
+    rest = (None, None, None, "relu2", 1.702, 7.0, False, False, [True] * 4 + [False] * 2, None, None)
+    memory = torch.empty(plan[0].shape[0] * INNER + 1, dtype=dtype, device=device)
+    found = [
+        ops.experts_backward_accumulate(given[0], *given, *rest, workspace)
+        for workspace in (None, memory[:-1].view(-1, INNER), memory[1:].view(-1, INNER))
+    ]
+    assert all(t.isfinite().all() for t in found[0])
+    same(found[0], found[1])
+    same(found[0], found[2])
+
+
+def test_a_pre_activation_of_another_device_is_refused(device):
+    inputs, plan = sample(device)
+    given = [inputs[n].detach() for n in GRADIENTS[:4]] + [*plan[:3]]
+    pre = torch.empty(plan[0].shape[0], 2 * INNER, device="meta")
+    with pytest.raises(ValueError, match=f"pre_activation must be on {device}.* as hidden_states is, got meta"):
+        ops.experts_backward(given[0], *given, None, None, pre, "swiglu", 1.702, 7.0, False, False, [True] * 6)
+
+
 @pytest.mark.cuda
 def test_peak_memory_holds_the_pre_activation_once():
     """T = 4096, K = 4, I = 512: it is 64 MiB of bfloat16, and half of it more or less would be seen."""
@@ -217,7 +251,7 @@ def test_peak_memory_holds_the_pre_activation_once():
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        backward(out, torch.ones_like(out), retain_graph=keeps)
+        out.backward(torch.ones_like(out), retain_graph=keeps)
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del out
         for name in GRADIENTS[:4]:

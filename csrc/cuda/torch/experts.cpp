@@ -101,9 +101,7 @@ struct Operands {
   }
 
   bool aligned(std::initializer_list<const Tensor*> more = {}) const {
-    const auto is_aligned = [](const Tensor* t) {
-      return !t->defined() || reinterpret_cast<uintptr_t>(t->const_data_ptr()) % 16 == 0;
-    };
+    const auto is_aligned = [](const Tensor* t) { return on_16_bytes(*t); };
     const std::initializer_list<const Tensor*> own = {&hidden, &gate_up, &down, &gate_up_bias, &down_bias};
     return std::all_of(own.begin(), own.end(), is_aligned) && std::all_of(more.begin(), more.end(), is_aligned);
   }
@@ -159,7 +157,7 @@ std::tuple<Tensor, Tensor> experts_forward_op(const Tensor& hidden_states, const
   const Launches& run = o.launches();
   Tensor pre = keep_pre_activation ? o.slot_rows(o.shape.up_rows()) : at::empty({0}, hidden_states.options());
   Tensor out = at::empty({o.shape.tokens, o.shape.hidden}, hidden_states.options());
-  if (o.shape.tokens == 0 || o.shape.hidden == 0) return {out, pre};
+  if (o.shape.tokens == 0) return {out, pre};
   if (o.shape.slots() == 0) return {out.zero_(), pre};
   const Tensor rows = o.slot_rows(o.shape.hidden);
   {
@@ -196,8 +194,7 @@ struct WeightGrad {
 
   WeightGrad(bool wanted, const Tensor& weight, const OptionalTensor& main_grad, bool can_add)
       : buffer(wanted && has(main_grad) ? *main_grad : Tensor()), wanted(wanted) {
-    // The kernel reads and writes four floats at a time.
-    adds = can_add && buffer.defined() && reinterpret_cast<uintptr_t>(buffer.const_data_ptr()) % 16 == 0;
+    adds = can_add && buffer.defined() && on_16_bytes(buffer);
     grad = wanted && !adds ? at::empty(weight.sizes(), weight.options()) : at::empty({0}, weight.options());
   }
   void* pointer() const { return !wanted ? nullptr : adds ? buffer.mutable_data_ptr() : grad.mutable_data_ptr(); }
@@ -226,12 +223,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
                    weight_on_input);
   const Tensor g = grad_output.contiguous();
   Tensor pre = has(pre_activation) ? pre_activation->contiguous() : Tensor();
-  // For the pre-activation's gradient. Not while a graph is captured: its backward may be replayed more often than its
-  // forward, and each time needs what forward kept.
+  // For the pre-activation's gradient, where kernels can store it. Not while a graph is captured: its backward may be
+  // replayed more often than its forward, and each time needs what forward kept.
   Tensor room;
-  if (has(workspace) && c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None)
+  if (has(workspace) && on_16_bytes(*workspace) &&
+      c10::cuda::currentStreamCaptureStatusMayInitCtx() == c10::cuda::CaptureStatus::None)
     room = *workspace;
-  const Launches& run = o.launches({&g, &pre, &room});
+  const Launches& run = o.launches({&g, &pre});
   const auto [want_hidden, want_gate_up, want_down, want_weights, want_gate_up_bias, want_down_bias] = output_mask;
   const auto grad_like = [](bool wanted, at::IntArrayRef sizes, const at::TensorOptions& options) {
     return wanted ? at::empty(sizes, options) : at::empty({0}, options);
@@ -248,12 +246,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
     return std::make_tuple(grad_hidden, grad_gate_up.result(), grad_down.result(), grad_weights, grad_gate_up_bias,
                            grad_down_bias);
   };
-  if (o.shape.slots() == 0 || o.shape.hidden == 0 || o.shape.intermediate == 0) {
+  if (o.shape.slots() == 0) {
     for (Tensor* t :
          {&grad_hidden, &grad_gate_up.grad, &grad_down.grad, &grad_weights, &grad_gate_up_bias, &grad_down_bias}) {
       t->zero_();
     }
-    if (o.shape.slots() == 0 || o.shape.hidden == 0) return result();
+    return result();
   }
   const Tensor claimed = at::zeros({run.hopper && (want_gate_up || want_down) ? 2 : 0}, options.dtype(at::kInt));
   const auto counter = [&](int i) { return claimed.numel() == 0 ? nullptr : claimed.mutable_data_ptr<int32_t>() + i; };

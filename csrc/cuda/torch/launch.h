@@ -26,6 +26,11 @@ inline Tensor contiguous_as(const OptionalTensor& t, at::ScalarType type) {
   return has(t) ? contiguous_as(*t, type) : Tensor();
 }
 
+// What kernels ask of memory that they read or write by 16 bytes; undefined is nowhere.
+inline bool on_16_bytes(const Tensor& t) {
+  return !t.defined() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
+}
+
 inline const void* data_or_null(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nullptr; }
 
 }  // namespace fastmoe_cpp::cuda

@@ -1,7 +1,5 @@
 // Configuration -> launch, for one kind of product and one element type a file.
 #pragma once
-#include <atomic>
-
 #include "gemm.cuh"
 #include "launch.h"
 
@@ -9,18 +7,9 @@ namespace fastmoe_cpp::cuda::portable {
 
 template <class Traits>
 cudaError_t launch_gemm(const Configuration& c, const Arguments& args, cudaStream_t stream) {
-  const auto kernel = grouped_gemm<Traits>;
-  // Shared memory above 48 KiB must be asked for, once a device.
-  static std::atomic<int64_t> allowed[64];
-  int device = 0;
-  if (const cudaError_t e = cudaGetDevice(&device)) return e;
-  if (device >= 64 || allowed[device].load(std::memory_order_relaxed) < c.shared_bytes) {
-    if (const cudaError_t e =
-            cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(c.shared_bytes)))
-      return e;
-    if (device < 64) allowed[device].store(c.shared_bytes, std::memory_order_relaxed);
-  }
-  return fastmoe_cpp::cuda::launch(kernel, c.grid, dim3(Traits::kThreads), c.shared_bytes, stream, args, c.stages);
+  if (const cudaError_t e = allow_shared_memory<grouped_gemm<Traits>>(static_cast<size_t>(c.shared_bytes))) return e;
+  return fastmoe_cpp::cuda::launch(grouped_gemm<Traits>, c.grid, dim3(Traits::kThreads), c.shared_bytes, stream, args,
+                                   c.stages);
 }
 
 template <Kind kKind, class T, bool kScaled>
