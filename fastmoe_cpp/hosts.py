@@ -77,6 +77,8 @@ def _gpt_oss(c: Any) -> dict[str, Any]:
         "intermediate_size": c.intermediate_size,
         "num_experts": c.num_local_experts,
         "activation": "clamped_swiglu",
+        "activation_alpha": getattr(c, "swiglu_alpha", 1.702),
+        "activation_limit": getattr(c, "swiglu_limit", 7.0),
         "bias": True,
         "interleaved": True,
         "router": {"scores_after_topk": True, "renormalize": False, "bias": True},

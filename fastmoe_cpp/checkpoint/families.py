@@ -86,10 +86,7 @@ def moe_of(config: Mapping[str, Any]) -> MoEConfig:
     try:
         if family == "deepseek":
             return _deepseek(fields)
-        changes = (
-            {"activation_limit": fields["swiglu_limit"]} if family == "gpt_oss" and "swiglu_limit" in fields else {}
-        )
-        return MoEConfig.from_hf(SimpleNamespace(**fields), **changes)
+        return MoEConfig.from_hf(SimpleNamespace(**fields))
     except (ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"config.json: {error}") from None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -101,6 +102,22 @@ def test_what_a_layout_cannot_hold_is_refused_by_name(kind, converted, tmp_path)
 def test_the_reason_is_said(kind, layout, words, converted, tmp_path):
     with pytest.raises(LayoutError, match=words):
         convert(converted(kind, kind), tmp_path / "out", layout)
+
+
+def test_a_curve_that_megatron_lacks_is_refused(tmp_path):
+    """quick_gelu's alpha is a constant there; the limit is an argument."""
+    source = make.checkpoint(tmp_path / "source", "gpt_oss")
+
+    def set_in_config(name: str, value: float) -> None:
+        (source / "config.json").write_text(json.dumps(make.CONFIGS["gpt_oss"] | {name: value}))
+
+    set_in_config("swiglu_limit", 3.0)
+    convert(source, tmp_path / "grouped", "megatron_grouped")
+    assert Checkpoint(tmp_path / "grouped").own["host"]["activation_func_clamp_value"] == 3.0
+    set_in_config("swiglu_alpha", 1.5)
+    for layout in ("megatron_grouped", "megatron_sequential"):
+        with pytest.raises(LayoutError, match=r"activation_alpha = 1.5 \(quick_gelu's is 1.702\)"):
+            convert(source, tmp_path / "out", layout)
 
 
 def test_host_arguments_say_what_weights_do_not(converted):

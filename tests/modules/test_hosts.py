@@ -1,6 +1,7 @@
 """Equal to transformers' own MoE blocks: outputs, and gradients of the input and of every weight."""
 
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -158,6 +159,16 @@ def test_config_is_read_from_the_host(family):
     c = MoEConfig.from_hf(config, capacity_factor=1.5)
     assert (c.hidden_size, c.intermediate_size, c.num_experts, c.top_k) == (HIDDEN, 40, EXPERTS, 3)
     assert c.capacity_factor == 1.5
+
+
+def test_gpt_oss_has_its_own_curve():
+    """Fields of the published configurations that the model honours from transformers 5.23 on."""
+    config = FAMILIES["gpt_oss"][1]()
+    plain = MoEConfig.from_hf(config)
+    assert (plain.activation, plain.activation_alpha, plain.activation_limit) == ("clamped_swiglu", 1.702, 7.0)
+    config.swiglu_alpha, config.swiglu_limit = 1.25, 0.5
+    own = MoEConfig.from_hf(config)
+    assert own == dataclasses.replace(plain, activation_alpha=1.25, activation_limit=0.5)
 
 
 def test_defaults_of_the_host_agree_with_the_preset():

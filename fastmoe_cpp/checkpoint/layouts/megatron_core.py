@@ -60,7 +60,7 @@ class MegatronGrouped(Layout):
         return self.anchor in names and self.fc1.format(kind="weight", e=0) in names
 
     def refusals(self, config: MoEConfig) -> list[str]:
-        """A sigmoid router normalises always; groups count their best top_k / topk_groups."""
+        """A sigmoid router normalises always; groups count their best top_k / topk_groups; quick_gelu has one alpha."""
         router = config.router
         refused = super().refusals(config) + routing_refusals(
             config, score_function=None, scaling_factor=None, num_groups=None, activation=None,
@@ -71,6 +71,8 @@ class MegatronGrouped(Layout):
                 refused.append(f"renormalize = False with {router.score_function} scores")
             if router.scores_after_topk:
                 refused.append(f"scores_after_topk = True with {router.score_function} scores")
+        if config.activation == "clamped_swiglu" and config.activation_alpha != 1.702:
+            refused.append(f"activation_alpha = {config.activation_alpha} (quick_gelu's is 1.702)")
         if router.num_groups > 1:
             counted = config.top_k // router.topk_groups
             if (router.group_score, counted) not in (("top2_sum", 2), ("max", 1)):

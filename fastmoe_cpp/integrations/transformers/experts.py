@@ -8,6 +8,7 @@ that operator; otherwise the two projections are, and the module's own function 
 from __future__ import annotations
 
 import inspect
+import re
 from typing import NamedTuple
 
 import torch
@@ -144,7 +145,7 @@ def use(model: nn.Module) -> nn.Module:
     """See fastmoe_cpp.integrations.transformers.replace_moe_blocks."""
     served = {name: module for name, module in model.named_modules() if takes_experts(module)}
     if not served:
-        kinds = sorted({type(m).__name__ for m in model.modules() if "expert" in type(m).__name__.lower()})
+        kinds = sorted({k for k in (type(m).__name__ for m in model.modules()) if re.search("expert|moe$", k, re.I)})
         found = f"its experts are {', '.join(kinds)}" if kinds else "none of its modules are experts"
         raise ValueError(
             f"{type(model).__name__} can't be served: no module of it takes its experts from transformers' registry "
@@ -158,10 +159,9 @@ def use(model: nn.Module) -> nn.Module:
             )
     if not hasattr(model, "set_experts_implementation"):
         raise ValueError(f"the model must be a transformers PreTrainedModel, got {type(model).__name__}")
-    before = model.get_experts_implementation()
     register()
     model.set_experts_implementation(NAME)
-    if missed := [name for name, module in served.items() if module.config._experts_implementation != NAME]:
-        model.set_experts_implementation(before)
-        raise ValueError(f"{type(model).__name__} does not pass the experts implementation on to {', '.join(missed)}")
+    for module in served.values():
+        # it may hold a copy of the model's configuration, as Dots3-Note's vision tower does
+        module.config._experts_implementation = NAME
     return model

@@ -12,7 +12,15 @@ from ..conftest import require
 require("transformers", "5")
 
 from torch import nn
-from transformers import AutoModelForCausalLM, Llama4ForCausalLM, Llama4TextConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DogeConfig,
+    DogeForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from fastmoe_cpp.integrations.transformers import experts, register, replace_moe_blocks
 
@@ -224,6 +232,27 @@ def test_experts_outside_the_registry_are_refused_by_name():
     with pytest.raises(ValueError, match="Llama4ForCausalLM can't be served: .* its experts are Llama4TextExperts"):
         replace_moe_blocks(model)
     assert model.config._experts_implementation in (before, "eager")
+
+
+def test_experts_that_are_named_moe_are_refused_by_name():
+    config = DogeConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, vocab_size=16,
+        intermediate_size=16, is_moe=True, num_experts=4, num_experts_per_tok=2, pad_token_id=0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="DogeForCausalLM can't be served: .* its experts are DogeCDMoE"):
+        replace_moe_blocks(DogeForCausalLM(config))
+
+
+def test_a_copy_of_the_configuration_is_reached(calls):
+    """Dots3-Note's vision tower keeps one a layer, which the model's set_experts_implementation does not know of."""
+    theirs = families.make("mixtral")
+    ours = copy.deepcopy(theirs)
+    own = served(ours)[-1]
+    own.config = copy.deepcopy(own.config)
+    replace_moe_blocks(ours)
+    ids = families.tokens()
+    assert relative(ours(ids).logits, theirs(ids).logits) < 3e-6
+    assert own in calls
 
 
 def test_what_is_no_pretrained_model_is_refused():

@@ -5,6 +5,7 @@
 FOLDER/FAMILY are the models and FOLDER/CASE.pt the results; a case is FAMILY-ep or FAMILY-tp.
 """
 
+import inspect
 import os
 import sys
 
@@ -16,16 +17,19 @@ from transformers.distributed import DistributedConfig
 
 from fastmoe_cpp.integrations.transformers import register
 
+# transformers 5.23 has a size for what was a switch
+SIZED = "ep_size" in inspect.signature(DistributedConfig).parameters
+
 
 def run(folder: str, case: str) -> None:
     family, kind = case.split("-")
+    ranks = dist.get_world_size()
+    experts = {} if kind == "tp" else {"ep_size": ranks} if SIZED else {"enable_expert_parallel": True}
     model = AutoModelForCausalLM.from_pretrained(
         f"{folder}/{family}",
         experts_implementation="fastmoe_cpp",
         attn_implementation="eager",
-        distributed_config=DistributedConfig(
-            tp_size=dist.get_world_size(), tp_plan="auto", enable_expert_parallel=kind == "ep"
-        ),
+        distributed_config=DistributedConfig(tp_size=ranks, tp_plan="auto", **experts),
     ).eval()
     torch.manual_seed(5)
     ids = torch.randint(3, model.config.vocab_size, (2, 12))
