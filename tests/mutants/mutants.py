@@ -63,8 +63,15 @@ MUTANTS = (
     Mutant(
         "overwrites_in_a_graph_that_is_kept",
         "csrc/autograd/function.cpp",
-        "  return !torch::autograd::get_current_graph_task_keep_graph() && !at::isTensorSubclassLike(saved);",
-        "  return !at::isTensorSubclassLike(saved);",
+        "  return !torch::autograd::get_current_graph_task_keep_graph() && !at::isTensorSubclassLike(saved) &&",
+        "  return !at::isTensorSubclassLike(saved) &&",
+        OVERWRITING,
+    ),
+    Mutant(
+        "overwrites_for_each_of_a_batch_of_gradients",
+        "csrc/autograd/experts.cpp",
+        "last_use(saved[9], grads[0]);",
+        "last_use(saved[9], saved[9]);",
         OVERWRITING,
     ),
     Mutant(
@@ -457,6 +464,20 @@ MUTANTS = (
         "            padding_mask=padding_mask,\n        )\n        if self.training",
         "            padding_mask=None,\n        )\n        if self.training",
         "tests/regressions/test_empty_skewed_odd.py -k padding",
+    ),
+    Mutant(
+        "gpt_oss_has_one_limit",
+        "fastmoe_cpp/hosts.py",
+        'getattr(c, "swiglu_limit", 7.0)',
+        "7.0",
+        "tests/modules/test_hosts.py -k curve",
+    ),
+    Mutant(
+        "any_choice_is_a_near_tie",
+        "examples/text_training.py",
+        "        return self.moved <= self.near_ties",
+        "        return True",
+        "tests/examples/test_train_text.py -k 'differ or near'",
     ),
 )
 
