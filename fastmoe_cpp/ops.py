@@ -9,6 +9,8 @@ device. The same functions in plain torch, and their formulas, are in ``fastmoe_
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,21 @@ from .outputs import DispatchPlan
 
 _extension.require()
 _ops = torch.ops.fastmoe_cpp
+
+
+def _defaults(operator: str) -> dict[str, Any]:
+    arguments = getattr(_ops, operator).default._schema.arguments
+    return {a.name: a.default_value for a in arguments if a.has_default_value()}
+
+
+_ROUTE, _DISPATCH, _EXPERTS = (_defaults(name) for name in ("route", "dispatch", "experts"))
+
+
+def _changed(defaults: dict[str, Any], /, **options: Any) -> dict[str, Any]:
+    """The options that are not the operator's defaults: to read one takes torch.ops as long as a small kernel runs."""
+    if torch.compiler.is_compiling():
+        return options
+    return {n: v for n, v in options.items() if v is not (d := defaults[n]) and (d is None or v != d)}
 
 
 def router_logits(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -48,17 +65,20 @@ def route(
     return _ops.route(
         logits,
         top_k,
-        expert_bias=expert_bias,
-        selection_scores=selection_scores,
-        topk_ids=topk_ids,
-        score_function=score_function,
-        scores_after_topk=scores_after_topk,
-        renormalize=renormalize,
-        renormalize_epsilon=renormalize_epsilon,
-        scaling_factor=scaling_factor,
-        num_groups=num_groups,
-        topk_groups=topk_groups,
-        group_score=group_score,
+        **_changed(
+            _ROUTE,
+            expert_bias=expert_bias,
+            selection_scores=selection_scores,
+            topk_ids=topk_ids,
+            score_function=score_function,
+            scores_after_topk=scores_after_topk,
+            renormalize=renormalize,
+            renormalize_epsilon=renormalize_epsilon,
+            scaling_factor=scaling_factor,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            group_score=group_score,
+        ),
     )
 
 
@@ -85,10 +105,13 @@ def dispatch(
         *_ops.dispatch(
             topk_ids,
             num_experts,
-            topk_weights=topk_weights,
-            capacity=capacity,
-            drop_policy=drop_policy,
-            padding_mask=padding_mask,
+            **_changed(
+                _DISPATCH,
+                topk_weights=topk_weights,
+                capacity=capacity,
+                drop_policy=drop_policy,
+                padding_mask=padding_mask,
+            ),
         )
     )
 
@@ -127,14 +150,17 @@ def experts(
         plan.slot_index,
         plan.token_slot,
         plan.expert_offsets,
-        gate_up_bias=gate_up_bias,
-        down_bias=down_bias,
-        activation=activation,
-        activation_alpha=activation_alpha,
-        activation_limit=activation_limit,
-        interleaved=interleaved,
-        weight_on_input=weight_on_input,
-        recompute=recompute,
+        **_changed(
+            _EXPERTS,
+            gate_up_bias=gate_up_bias,
+            down_bias=down_bias,
+            activation=activation,
+            activation_alpha=activation_alpha,
+            activation_limit=activation_limit,
+            interleaved=interleaved,
+            weight_on_input=weight_on_input,
+            recompute=recompute,
+        ),
     )
 
 
