@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -240,16 +241,25 @@ def parse_shapes(text: str) -> list[tuple[int, ...]]:
             sizes = LAYERS[words.pop(0)]
             shapes += [(tokens, *sizes) for tokens in TOKENS]
         elif len(words) >= 5 and all(w.isdigit() for w in words[:5]):
-            shapes.append(tuple(int(w) for w in words[:5]))
+            *sizes, experts, top_k = (int(w) for w in words[:5])
+            if not all(sizes) or not 1 <= top_k <= experts:
+                raise ValueError(
+                    "a shape T,H,I,E,K must have sizes of at least 1 and K of at most E, got " + ",".join(words[:5])
+                )
+            shapes.append((*sizes, experts, top_k))
             words = words[5:]
         else:
-            sys.exit(f"--shapes must name one of {', '.join(LAYERS)} (or e.g. mixtral@512) or give T,H,I,E,K, "
-                     f"got {words[0]!r}")  # fmt: skip
+            raise ValueError(
+                f"--shapes must name one of {', '.join(LAYERS)} (or e.g. mixtral@512) or give T,H,I,E,K, "
+                f"got {words[0]!r}"
+            )
     return shapes
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shapes", default=",".join(LAYERS), help=f"names ({', '.join(LAYERS)}) and T,H,I,E,K")
     parser.add_argument("--passes", default="forward,step", help="forward and step (forward and backward)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
@@ -263,7 +273,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     passes = args.passes.split(",")
     unknown = [p for p in passes if p not in ("forward", "step")]
     if unknown:
-        sys.exit(f"--passes must be of forward, step, got {unknown[0]!r}")
+        parser.error(f"--passes must be of forward, step, got {unknown[0]!r}")
+    for name in ("threads", "rounds"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    for path in (args.json, args.png):  # minutes later it would be too late
+        if path is not None and (path.is_dir() or not os.access(path.parent, os.W_OK)):
+            parser.error(f"{path} can't be written: it must be a file in a folder that exists and is writable")
+    try:
+        shapes = parse_shapes(args.shapes)
+    except ValueError as error:
+        parser.error(str(error))
     if args.threads:
         torch.set_num_threads(args.threads)
     peers = list(PEERS)
@@ -273,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print("transformers is not installed: its blocks are left out (pip install transformers)")
         peers = peers[:3]
     rows: list[dict] = []
-    for shape in parse_shapes(args.shapes):
+    for shape in shapes:
         case = Case(shape, getattr(torch, args.dtype), args.skew)
         for kind in passes:
             backward = kind == "step"

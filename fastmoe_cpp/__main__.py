@@ -34,7 +34,7 @@ def bench(arguments: list[str]) -> int:
     sys.modules[spec.name] = module
     sys.path.insert(0, str(script.parent))
     spec.loader.exec_module(module)
-    return module.main(arguments) or 0
+    return module.main(arguments, prog="python -m fastmoe_cpp bench") or 0
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -200,6 +200,10 @@ def fused_experts(
                 f"{name} must have shape [{expected}] with K of at least 1 for hidden_states "
                 f"{list(hidden_states.shape)}, got {list(tensor.shape)}"
             )
+    if topk_weights.shape != topk_ids.shape:
+        raise ValueError(
+            f"topk_weights must have shape {list(topk_ids.shape)} as topk_ids, got {list(topk_weights.shape)}"
+        )
     if padding_mask is not None:
         check_padding_mask(padding_mask, hidden_states)
         padding_mask = padding_mask.reshape(-1)

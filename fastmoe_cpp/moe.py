@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -45,6 +46,11 @@ class MoE(nn.Module):
         self.balance_group: torch.distributed.ProcessGroup | None = None
         # [E] int64 while a monitor.LoadMonitor watches the layer
         self.register_buffer("load", None, persistent=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # nobody watches a copy
+        state = super().__getstate__()
+        return state | {"_buffers": state["_buffers"] | {"load": None}}
 
     def reset_parameters(self) -> None:
         """Draws every weight anew, as the constructor does."""
@@ -116,13 +122,21 @@ class MoE(nn.Module):
         if c.router.jitter_experts:
             x = self.router.jitter(x)
         routing = self.router(x, topk_ids, jitter=not c.router.jitter_experts)
+        capacity = c.capacity(x.shape[0], self.training)
+        if capacity is not None and torch.jit.is_tracing():
+            warnings.warn(
+                f"torch.jit.trace makes the capacity of {x.shape[0]} tokens a constant: with another number of tokens "
+                "the traced layer drops others than the layer does (torch.export does not)",
+                torch.jit.TracerWarning,
+                stacklevel=2,
+            )
         # float64 routing of narrower experts
         weights = routing.topk_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
         plan = ops.dispatch(
             routing.topk_ids,
             c.num_experts,
             topk_weights=weights.detach() if c.drop_policy == "probs" else None,
-            capacity=c.capacity(x.shape[0], self.training),
+            capacity=capacity,
             drop_policy=c.drop_policy,
             padding_mask=padding_mask,
         )

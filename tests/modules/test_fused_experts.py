@@ -104,7 +104,7 @@ def test_transposed_weights_and_strided_input(device):
     ({"topk_ids": torch.zeros(6, K).long()}, ValueError,
      r"topk_ids must have shape \[7, K\] with K of at least 1 for hidden_states \[7, 12\], got \[6, 2\]"),
     ({"topk_ids": torch.zeros(7, 0).long()}, ValueError, r"topk_ids must have shape \[7, K\] with K of at least 1"),
-    ({"topk_ids": torch.zeros(7, 3).long()}, ValueError, "topk_weights must have shape"),
+    ({"topk_ids": torch.zeros(7, 3).long()}, ValueError, r"topk_weights must have shape \[7, 3\] as topk_ids, got"),
     ({"topk_weights": torch.zeros(7)}, ValueError, r"topk_weights must have shape \[7, K\]"),
     ({"topk_weights": torch.zeros(7, K).long()}, TypeError, "topk_weights must be of a floating dtype, got"),
     ({"hidden_states": torch.zeros(())}, ValueError, r"hidden_states must have shape \[..., H\], got a scalar"),

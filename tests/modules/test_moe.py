@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -160,6 +161,20 @@ def test_capacity_keeps_the_first_or_the_largest(policy, device):
         assert kept.sum() == min(capacity, int(mine.sum()))
         if lost.any():
             assert rank_by[kept].max() <= rank_by[lost].min()
+
+
+def test_a_trace_says_that_it_fixes_the_capacity(device):
+    """torch.jit.trace keeps the number; torch.export keeps its formula."""
+    x = torch.randn(32, HIDDEN, device=device, dtype=torch.float64)
+    limited, unlimited = make(config(capacity_factor=0.5), device), make(config(), device)
+    with pytest.warns(torch.jit.TracerWarning, match="makes the capacity of 32 tokens a constant"):
+        torch.jit.trace(limited, x, check_trace=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.jit.trace(unlimited, x, check_trace=False)
+    assert not any("capacity" in str(w.message) for w in caught)
+    exported = torch.export.export(limited, (x,), dynamic_shapes=({0: torch.export.Dim("tokens", min=2)},)).module()
+    torch.testing.assert_close(exported(x[:20]), limited(x[:20]))
 
 
 def test_capacity_above_the_tokens_is_no_limit(device):

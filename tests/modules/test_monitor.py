@@ -1,6 +1,8 @@
 """Load statistics: counts, figures and the picture."""
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
@@ -67,6 +69,16 @@ def test_statistics():
     assert monitor.statistics(torch.tensor([[5]])).entropy.tolist() == [1]
     skewed = monitor.statistics(torch.tensor([[1, 3]])).entropy.item()
     assert skewed == pytest.approx(-(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2))
+
+
+def test_nobody_watches_a_copy(device):
+    layer = make("mixtral", device)
+    x = torch.randn(3, HIDDEN, device=device, dtype=torch.float64)
+    with monitor.LoadMonitor(layer):
+        for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert copied.load is None and layer.load is not None
+            assert torch.equal(copied(x), layer(x))
+            monitor.LoadMonitor(copied).close()
 
 
 def test_what_is_refused():

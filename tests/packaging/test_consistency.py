@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from packaging_support import ROOT, run
 
 import fastmoe_cpp
@@ -69,6 +70,24 @@ def test_commands_that_documents_name_exist() -> None:
 def test_bench_hands_its_arguments_to_the_benchmark() -> None:
     done = run("-m", "fastmoe_cpp", "bench", "--help")
     assert done.returncode == 0 and "usage" in done.stdout and "--rounds" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--shapes", "4,16,8,4,9"], "K of at most E, got 4,16,8,4,9"),
+        (["--shapes", "4,0,8,4,2"], "sizes of at least 1 and K of at most E, got 4,0,8,4,2"),
+        (["--shapes", "nemo"], "--shapes must name one of mixtral, e32, olmoe, qwen3"),
+        (["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--json", "/nowhere/cpu.json"], "/nowhere/cpu.json can't be written"),
+        (["--png", "."], ". can't be written: it must be a file"),
+    ],
+)
+def test_bench_refuses_before_it_measures(arguments: list[str], said: str) -> None:
+    done = run("-m", "fastmoe_cpp", "bench", *arguments)
+    assert done.returncode == 2 and not done.stdout
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("python -m fastmoe_cpp bench: error: ") and said in last
 
 
 def test_paths_that_documents_name_exist() -> None:

@@ -16,7 +16,14 @@ Parameters, buffers, their names and their initialisation are TorchTitan's, so i
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    version("torchtitan")
+except PackageNotFoundError as error:
+    raise ImportError(
+        "fastmoe_cpp.integrations.torchtitan needs the package torchtitan (pip install torchtitan)"
+    ) from error
 
 SERIES = ".".join(version("torchtitan").split(".")[:2])
 
