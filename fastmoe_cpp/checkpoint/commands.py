@@ -7,11 +7,14 @@ import json
 import logging
 import re
 import sys
+from pathlib import Path
 
 from . import CheckpointError, Conversion, convert, inspect, upcycle
 from .convert import DEFAULT_SHARD
+from .errors import ArgumentError
 from .inspect import to_text
 from .layouts import LAYOUTS
+from .writer import is_begun
 
 COMMANDS = ("convert", "inspect", "upcycle")
 GO_ON = ": the same command goes on from here"
@@ -21,9 +24,12 @@ _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "KI": 1024, "MI": 1024**
 def size(text: str) -> int:
     """'5GB', '512MiB' or a number of bytes."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?)?B?", text.strip().upper())
-    if not match or float(match[1]) <= 0:
-        raise argparse.ArgumentTypeError(f"a size is a number with KB, MB, GB, KiB, MiB or GiB, got {text!r}")
-    return int(float(match[1]) * _UNITS[match[2] or ""])
+    found = int(float(match[1]) * _UNITS[match[2] or ""]) if match else 0
+    if found < 1:
+        raise argparse.ArgumentTypeError(
+            f"a size is a number with KB, MB, GB, KiB, MiB or GiB, of at least 1 byte, got {text!r}"
+        )
+    return found
 
 
 def _reading(parser: argparse.ArgumentParser) -> None:
@@ -93,13 +99,14 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("source", metavar="SRC", help="folder of the dense checkpoint")
     parser.add_argument("target", metavar="DST", help="folder to make")
-    parser.add_argument("--num-experts", type=int, help="experts a layer")
+    parser.add_argument("--num-experts", type=int,
+                        help="experts a layer; required for copy and split, merge counts its --expert")  # fmt: skip
     parser.add_argument("--top-k", type=int, default=2, help="experts a token (2)")
     parser.add_argument("--mode", choices=("copy", "split", "merge"), default="copy",
                         help="each expert the dense MLP, a slice of it, or another model's MLP")  # fmt: skip
     parser.add_argument("--granularity", type=int, help="slices an MLP is cut into (split; by default --num-experts)")
     parser.add_argument(
-        "--expert", action="append", default=[], metavar="DENSE", help="a model of merge, once for each expert"
+        "--expert", action="append", default=[], metavar="DENSE", help="a dense model of merge, once for each expert"
     )
     targets = [name for name, layout in LAYOUTS.items() if layout.family in ("mixtral", "qwen2_moe")]
     parser.add_argument("--to", choices=targets,
@@ -120,6 +127,11 @@ def _done(result: Conversion) -> None:
         f"{result.path}: {result.source_layout} -> {result.layout}, {result.layers} MoE layers, "
         f"{result.tensors:,} tensors, {result.nbytes / 2**30:.2f} GiB in {result.shards} files{resumed}"
     )
+
+
+def _go_on(command: str, arguments: argparse.Namespace) -> str:
+    """What can be said of a run that stopped: that it can be gone on with, where there is something to go on with."""
+    return GO_ON if command != "inspect" and is_begun(Path(arguments.target)) else ""
 
 
 def main(command: str, argv: list[str]) -> int:
@@ -144,14 +156,19 @@ def main(command: str, argv: list[str]) -> int:
                 shared_size=a.shared_size, seed=a.seed, allow_pickle=a.allow_pickle, max_shard_size=a.max_shard_size,
                 restart=a.restart, progress=not a.quiet,
             ))  # fmt: skip
+    except ArgumentError as error:
+        print(f"fastmoe_cpp {command}: {error.as_flags()}", file=sys.stderr)
+        return 1
     except (CheckpointError, ImportError) as error:
         print(f"fastmoe_cpp {command}: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        again = "" if command == "inspect" else GO_ON
-        print(f"fastmoe_cpp {command}: {error.filename}: {error.strerror}{again}", file=sys.stderr)
+        # a write to a full disk has no file name
+        where = a.path if command == "inspect" else a.target
+        name = where if error.filename is None else error.filename
+        print(f"fastmoe_cpp {command}: {name}: {error.strerror}{_go_on(command, a)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"fastmoe_cpp {command}: interrupted" + ("" if command == "inspect" else GO_ON), file=sys.stderr)
+        print(f"fastmoe_cpp {command}: interrupted{_go_on(command, a)}", file=sys.stderr)
         return 130
     return 0

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from . import families, trunk, trunk_megatron
-from .errors import CheckpointError, ConfigError, DtypeError, LayoutError
+from .errors import ArgumentError, CheckpointError, ConfigError, DtypeError, LayoutError
 from .files import WEIGHT_SUFFIXES, inside
 from .layouts import Layout, layout_of
 from .layouts.base import EXPERT, FLAT, STACK, Entry, config_to_json
@@ -69,7 +69,7 @@ def convert(
     """
     wanted = layout_of(to)
     if max_shard_size < 1:
-        raise ConfigError(f"max_shard_size must be at least 1 byte, got {max_shard_size}")
+        raise ArgumentError(f"{{max_shard_size}} must be at least 1 byte, got {max_shard_size}", found=max_shard_size)
     opened = Checkpoint(
         source,
         config=config,
@@ -180,7 +180,7 @@ class Plan:
                     f"{source.path}: a {target.family} model needs config.json of transformers and the source has "
                     "none: give it with --config"
                 )
-            config = families.translate(source.hf_config, source.moe, target.family)
+            config = families.translate(source.hf_config, source.moe, target.family, source.layout.name)
             if lost := families.differences(source.moe, families.moe_of(config)):
                 raise LayoutError(f"the layout {target.name} can't hold this model: {'; '.join(lost)}")
             return config

@@ -18,7 +18,7 @@ from .errors import (
     UnknownTensorError,
 )
 from .files import TORCH_DTYPES, TensorInfo, all_finite, inside, read_json
-from .source import open_store
+from .source import must_exist, open_store
 
 PARTS = ("gate", "up", "down")
 # Defaults of the configuration classes in transformers that the MoE families do not share.
@@ -43,10 +43,12 @@ class Dense:
 
     def __init__(self, path: str | Path, allow_pickle: bool = False) -> None:
         self.path = Path(path)
+        must_exist(self.path)
         folder = self.path if self.path.is_dir() else self.path.parent
         file = folder / "config.json"
         if not file.is_file():
-            raise ConfigError(f"{folder}: config.json is missing")
+            beside = "" if self.path.is_dir() else " beside it"
+            raise ConfigError(f"{self.path}: config.json is missing{beside}")
         found = read_json(inside(folder, file), "configuration")
         self.family = found.get("model_type")
         if self.family not in _DEFAULTS:

@@ -5,6 +5,7 @@ Every message is one sentence with the tensor or the file, what was expected and
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 
@@ -52,6 +53,26 @@ class NonFiniteError(CheckpointError):
 
 class ConfigError(CheckpointError):
     """A configuration that is missing, contradicts itself or is of a model that is not known here."""
+
+
+class ArgumentError(ConfigError):
+    """An argument that can't be honoured; as_flags() is the same sentence for the command line.
+
+    sentence has the arguments' names in braces, as the function has them.
+    """
+
+    def __init__(self, sentence: str, *, expected: Any = None, found: Any = None) -> None:
+        super().__init__(_NAME.sub(r"\1", sentence), expected=expected, found=found)
+        self._sentence = sentence
+
+    def as_flags(self) -> str:
+        """The sentence with the flags of ``python -m fastmoe_cpp`` in place of the arguments' names."""
+        return _NAME.sub(lambda name: "--" + _FLAGS.get(name[1], name[1]).replace("_", "-"), self._sentence)
+
+
+_NAME = re.compile(r"\{([a-z_]+)\}")
+#: Flags that are not the argument's own name.
+_FLAGS = {"experts": "expert"}
 
 
 class LayoutError(CheckpointError):

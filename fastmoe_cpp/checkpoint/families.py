@@ -159,16 +159,21 @@ def canonical(moe: MoEConfig) -> MoEConfig:
     )  # fmt: skip
 
 
-def differences(wanted: MoEConfig, offered: MoEConfig) -> list[str]:
-    """Fields in which what two configurations compute differs, as 'field = wanted (here offered)'."""
-    found = []
+def differing_fields(wanted: MoEConfig, offered: MoEConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields in which what two configurations compute differs, the router's as 'router.<field>', with both values."""
+    found = {}
     a, b = canonical(wanted), canonical(offered)
-    for owner_a, owner_b in ((a, b), (a.router, b.router)):
+    for prefix, owner_a, owner_b in (("", a, b), ("router.", a.router, b.router)):
         for field in dataclasses.fields(owner_a):
             one, other = getattr(owner_a, field.name), getattr(owner_b, field.name)
             if field.name != "router" and one != other:
-                found.append(f"{field.name} = {one!r} (it has {other!r})")
+                found[prefix + field.name] = (one, other)
     return found
+
+
+def differences(wanted: MoEConfig, offered: MoEConfig) -> list[str]:
+    """differing_fields() as 'field = wanted (it has offered)'."""
+    return [f"{name} = {a!r} (it has {b!r})" for name, (a, b) in differing_fields(wanted, offered).items()]
 
 
 _LLAMA = (
@@ -179,9 +184,10 @@ _LLAMA = (
 )  # fmt: skip
 
 
-def translate(config: Mapping[str, Any], moe: MoEConfig, family: str) -> dict[str, Any]:
+def translate(config: Mapping[str, Any], moe: MoEConfig, family: str, layout: str) -> dict[str, Any]:
     """The configuration of the same model in another family, or LayoutError with what that family can't hold.
 
+    layout is the source's: beside a configuration of another family it has to be named.
     Mixtral and DeepSeek version 1 share their attention (Llama's); every other family has its own.
     """
     source = config["model_type"]
@@ -189,8 +195,9 @@ def translate(config: Mapping[str, Any], moe: MoEConfig, family: str) -> dict[st
         return dict(config)
     if {source, family} != {"mixtral", "deepseek"}:
         raise LayoutError(
-            f"a {family} model can't hold a {source} model: their attention differs (only the MoE layers can move: "
-            "moe_only with the target's own config)", expected=family, found=source,
+            f"a {family} model can't hold a {source} model: their attention differs (the MoE layers alone can move to "
+            f"a {family} model TARGET whose config.json describes the same layers: --layout {layout} --config "
+            "TARGET/config.json --moe-only)", expected=family, found=source,
         )  # fmt: skip
     new: dict[str, Any] = {name: config[name] for name in _LLAMA if name in config}
     heads, hidden = config.get("num_attention_heads", 32), config.get("hidden_size", 4096)

@@ -27,7 +27,7 @@ from .errors import (
     UnsafeFileError,
 )
 from .files import TORCH_DTYPES, SafetensorsStore, Store, TensorInfo, all_finite, inside, read_json
-from .infer import infer
+from .infer import candidates, check_fields, infer
 from .layouts import LAYOUTS, Layout, layout_of
 from .layouts.base import EXPERT, EXPERT_PARTS, FLAT, STACK, Entry, config_from_json
 from .pickles import PickleStore, pickle_files
@@ -46,10 +46,15 @@ class LayerBlock:
     names: frozenset[str] = field(repr=False)
 
 
-def open_store(path: Path, allow_pickle: bool) -> Store:
-    """The tensors of a file or folder; pickles only where they are allowed and nothing safe is there."""
+def must_exist(path: Path) -> None:
+    """MissingTensorError where there is nothing of that name."""
     if not path.exists():
         raise MissingTensorError(f"{path}: must be a file or a folder, there is none")
+
+
+def open_store(path: Path, allow_pickle: bool) -> Store:
+    """The tensors of a file or folder; pickles only where they are allowed and nothing safe is there."""
+    must_exist(path)
     pickles = pickle_files(path)
     safe = [path] if path.suffix == ".safetensors" else sorted(path.glob("*.safetensors")) if path.is_dir() else []
     if safe or (path.is_dir() and any(path.glob("*.safetensors.index.json"))):
@@ -87,24 +92,31 @@ class Checkpoint:
         self.infos: dict[str, TensorInfo] = dict(self.store.infos)
         self._sorted = sorted(self.infos)
         self.notes: list[str] = []
+        self._config_name = f"{self.path}: config.json"
         self.config = self._read_config(config)
         self.own = self._read_own()
         #: transformers' configuration, of this checkpoint or of the one it was converted from.
         self.hf_config: dict[str, Any] | None = self.config if "model_type" in self.config else self.own.get("config")
         self._refuse_quantised()
         self.layout, self.layers = self._find_layout(layout)
-        self.moe = self._moe()
+        self.moe = self._moe(named=layout is not None)
         self._entries = {part: entry for entry in self.layout.entries(self.moe) for part in entry.parts}
         self._overlay: dict[str, torch.Tensor] = {}
         self._last: tuple[tuple[str, int], torch.Tensor] | None = None
         self._mend_shared_gates(repair_shared_gate, seed)
 
     def _read_config(self, given: Mapping[str, Any] | str | Path | None) -> dict[str, Any]:
-        if isinstance(given, Mapping):
-            return dict(given)
         if given is not None:
-            file = Path(given)
-            return read_json(file / "config.json" if file.is_dir() else file, "configuration")
+            if isinstance(given, Mapping):
+                found, self._config_name = dict(given), "config"
+            else:
+                file = Path(given)
+                file = file / "config.json" if file.is_dir() else file
+                found, self._config_name = read_json(file, "configuration"), str(file)
+            if "model_type" not in found and OWN_KEY not in found:
+                # before the layout is looked for, whose error would hide it
+                check_fields(found, self._config_name)
+            return found
         folder = self.path if self.path.is_dir() else self.path.parent
         file = folder / "config.json"
         return read_json(inside(folder, file), "configuration") if file.is_file() else {}
@@ -144,17 +156,38 @@ class Checkpoint:
                 return layout, layers
         if family is not None and family not in families.FAMILIES:
             families.fields_of(self.hf_config or {})
+        if self.config and name is None:
+            self._refuse_family_names()
         if not self.config and name is None:
             fits = [layout for layout in LAYOUTS.values() if layout.family and self._layers_of(layout)]
             if fits:
                 raise ConfigError(
                     f"{self.path}: config.json is missing, and without it {fits[0].anchor} may belong to any of "
-                    f"{', '.join(layout.name for layout in fits)}: give the configuration (--config)"
+                    f"{', '.join(layout.name for layout in fits)}: give the configuration with --config, transformers' "
+                    "config.json, or MoEConfig's fields and --layout"
                 )
         raise LayoutError(
             f"{self.path}: no MoE layer was found: no tensor ends in "
             f"{' or '.join(sorted({layout.anchor for layout in candidates}))} with its experts beside it"
         )
+
+    def _refuse_family_names(self) -> None:
+        """ConfigError with the layouts of transformers' families whose names a layer has: where the configuration has
+        no model_type, nothing says which it is."""
+        if self.hf_config is not None:
+            return
+        fits = []
+        for layout in LAYOUTS.values():
+            layer = next(iter(self._layers_of(layout) if layout.family else ()), None)
+            if layer and layout.matches(set(layer.names)) and any(candidates(layout, self._shapes(layer), gated=True)):
+                fits.append(layout.name)
+        if fits:
+            give = f"--layout {fits[0]}" if len(fits) == 1 else "--layout with one of these"
+            raise ConfigError(
+                f"{self.path}: the names of the MoE layers are those of {', '.join(fits)}, and {self._config_name} has "
+                f"no model_type that says so: give {give}, or transformers' config.json with --config",
+                expected=tuple(fits),
+            )
 
     def _refuse_quantised(self) -> None:
         for name in self._sorted:
@@ -214,7 +247,7 @@ class Checkpoint:
         taken = {layer.prefix + name for layer in self.layers for name in layer.names}
         return [name for name in self._sorted if name not in taken]
 
-    def _moe(self) -> MoEConfig:
+    def _moe(self, named: bool) -> MoEConfig:
         if "moe" in self.own:
             try:
                 return config_from_json(self.own["moe"])
@@ -222,9 +255,17 @@ class Checkpoint:
                 raise ConfigError(f"{self.path}: {OWN_KEY}.moe in config.json: {error}") from None
         if self.hf_config is not None:
             return families.moe_of(self.hf_config)
-        layer = self.layers[0]
-        shapes = {name: self.infos[layer.prefix + name].shape for name in layer.names}
-        return infer(self.layout, shapes, self.config, str(self.path))
+        given = {name: value for name, value in self.config.items() if name != OWN_KEY}
+        shapes = self._shapes(self.layers[0])
+        if given:
+            check_fields(given, self._config_name)
+            if not named and not any(list(candidates(self.layout, shapes, gated)) for gated in (True, False)):
+                # gpt-oss's names hold those of this library's own layout
+                self._refuse_family_names()
+        return infer(self.layout, shapes, given, str(self.path), self._config_name)
+
+    def _shapes(self, layer: LayerBlock) -> dict[str, tuple[int, ...]]:
+        return {name: self.infos[layer.prefix + name].shape for name in layer.names}
 
     # --- checks -------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from . import dense as dense_models
 from . import families
 from .convert import DEFAULT_SHARD, Conversion, assemble, tensor_bytes, write_folder
 from .dense import Dense
-from .errors import ConfigError, LayoutError, ShapeError
+from .errors import ArgumentError, ConfigError, LayoutError, ShapeError
 from .files import TORCH_DTYPES
 from .layouts import layout_of
 from .layouts.base import EXPERT, STACK, Entry
@@ -81,7 +81,7 @@ def upcycle(
 
 def _positive(name: str, value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} must be an integer of at least 1, got {value!r}", found=value)
+        raise ArgumentError(f"{{{name}}} must be an integer of at least 1, got {value!r}", found=value)
     return value
 
 
@@ -93,25 +93,41 @@ class _Upcycling:
         base, others = opened[0], opened[1:]
         for name, value, allowed in (("mode", mode, MODES), ("router_init", router_init, ROUTER_INITS)):
             if value not in allowed:
-                raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}", found=value)
+                raise ArgumentError(
+                    f"{{{name}}} must be one of {', '.join(allowed)}, got {value!r}", expected=allowed, found=value
+                )
         if bool(others) != (mode == "merge"):
-            raise ConfigError(
-                f"experts are given for mode 'merge' and only for it, got {len(others)} for mode {mode!r}"
-            )
+            raise ArgumentError(
+                f"{{experts}} must be given for {{mode}} 'merge' and for no other, got {len(others)} for {{mode}} "
+                f"{mode!r}", found=len(others),
+            )  # fmt: skip
         if granularity is not None and mode != "split":
-            raise ConfigError(f"granularity belongs to mode 'split', got {granularity} for mode {mode!r}")
-        if not router_std >= 0:
-            raise ConfigError(f"router_std must be a number of at least 0, got {router_std!r}")
-        if mode == "merge" and num_experts not in (None, len(others)):
-            raise ConfigError(f"num_experts must be the {len(others)} models given, got {num_experts}")
-        self.experts = _positive("num_experts", len(others) if mode == "merge" else num_experts)
-        self.granularity = 1 if mode != "split" else _positive("granularity", granularity or self.experts)
-        if self.experts % self.granularity:
-            raise ConfigError(f"num_experts must be a multiple of granularity = {self.granularity}, got {self.experts}")
-        if base.inner % self.granularity:
-            raise ConfigError(
-                f"granularity must divide the dense model's intermediate_size = {base.inner}, got {self.granularity}"
+            raise ArgumentError(
+                f"{{granularity}} belongs to {{mode}} 'split', got {granularity} for {{mode}} {mode!r}",
+                found=granularity,
             )
+        if not router_std >= 0:
+            raise ArgumentError(f"{{router_std}} must be a number of at least 0, got {router_std!r}", found=router_std)
+        if mode == "merge" and num_experts not in (None, len(others)):
+            raise ArgumentError(
+                f"{{num_experts}} must be {len(others)}, the number of models given as {{experts}}, got {num_experts}",
+                expected=len(others), found=num_experts,
+            )  # fmt: skip
+        if mode != "merge" and num_experts is None:
+            raise ArgumentError(f"{{num_experts}} must be given for {{mode}} {mode!r}: an integer of at least 1")
+        self.experts = _positive("num_experts", len(others) if mode == "merge" else num_experts)
+        slices = self.experts if granularity is None else granularity
+        self.granularity = 1 if mode != "split" else _positive("granularity", slices)
+        if self.experts % self.granularity:
+            raise ArgumentError(
+                f"{{num_experts}} must be a multiple of {{granularity}} = {self.granularity}, got {self.experts}",
+                expected=self.granularity, found=self.experts,
+            )  # fmt: skip
+        if base.inner % self.granularity:
+            raise ArgumentError(
+                f"{{granularity}} must divide the dense model's intermediate_size = {base.inner}, got "
+                f"{self.granularity}", expected=base.inner, found=self.granularity,
+            )  # fmt: skip
         self.base, self.models, self.seed = base, others or [base] * self.experts, seed
         self.std = router_std if router_init == "normal" else 0.0
         self.inner = base.inner // self.granularity
@@ -123,13 +139,21 @@ class _Upcycling:
                 "(convert goes on from there)"
             )  # fmt: skip
         if shared_size is not None and self.layout.family != "qwen2_moe":
-            raise ConfigError(f"shared_size belongs to qwen2_moe, got {shared_size} for {self.layout.name}")
+            raise ArgumentError(
+                f"{{shared_size}} belongs to qwen2_moe, got {shared_size} for {self.layout.name}", found=shared_size
+            )
         self.shared = _positive("shared_size", shared_size if shared_size is not None else self.inner)
         if self.shared > base.inner:
-            raise ConfigError(
-                f"shared_size must be at most the dense intermediate_size = {base.inner}, got {self.shared}"
-            )
-        sizes = {"num_experts": self.experts, "top_k": _positive("top_k", top_k), "intermediate_size": self.inner,
+            raise ArgumentError(
+                f"{{shared_size}} must be at most the dense intermediate_size = {base.inner}, got {self.shared}",
+                expected=base.inner, found=self.shared,
+            )  # fmt: skip
+        if _positive("top_k", top_k) > self.experts:
+            raise ArgumentError(
+                f"{{top_k}} must be at most {{num_experts}} = {self.experts}, got {top_k}",
+                expected=self.experts, found=top_k,
+            )  # fmt: skip
+        sizes = {"num_experts": self.experts, "top_k": top_k, "intermediate_size": self.inner,
                  "shared_size": self.shared}  # fmt: skip
         self.config = dense_models.moe_config(base, self.layout.family, sizes)
         self.moe = families.moe_of(self.config)

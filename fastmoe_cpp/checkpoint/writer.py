@@ -121,6 +121,19 @@ def plan_digest(shards: list[Shard], task: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps([task, plan], sort_keys=True).encode()).hexdigest()
 
 
+def partial_folder(target: Path) -> Path:
+    """Where target is written until it is whole."""
+    return target.parent / f".{target.name}.partial"
+
+
+def is_begun(target: Path) -> bool:
+    """Whether a run for this target was cut off after its journal was begun."""
+    try:
+        return (partial_folder(target) / JOURNAL).stat().st_size > 0
+    except OSError:
+        return False
+
+
 class PartialFolder:
     """The folder under work beside its final place; a context manager that holds its lock.
 
@@ -131,7 +144,7 @@ class PartialFolder:
         if target.exists() or target.is_symlink():
             raise ConversionError(f"{target}: must not exist yet, it does: name another, or remove it")
         self.target = target
-        self.path = target.parent / f".{target.name}.partial"
+        self.path = partial_folder(target)
         self.digest = digest
         self.restart = restart
         self.done: dict[str, int] = {}

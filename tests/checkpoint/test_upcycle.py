@@ -154,13 +154,13 @@ def test_the_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_experts": None}, "num_experts must be an integer of at least 1, got None"),
+        ({"num_experts": None}, "num_experts must be given for mode 'copy'"),
         ({"num_experts": 4, "top_k": 5}, "top_k must be at most num_experts = 4, got 5"),
         ({"num_experts": 4, "mode": "halve"}, "mode must be one of copy, split, merge, got 'halve'"),
         ({"num_experts": 5, "mode": "split"}, "granularity must divide .*intermediate_size = 24, got 5"),
         ({"num_experts": 6, "mode": "split", "granularity": 4}, "num_experts must be a multiple of granularity = 4"),
         ({"num_experts": 4, "granularity": 2}, "granularity belongs to mode 'split'"),
-        ({"num_experts": 4, "mode": "merge"}, "experts are given for mode 'merge'"),
+        ({"num_experts": 4, "mode": "merge"}, "experts must be given for mode 'merge'"),
         ({"num_experts": 4, "to": "olmoe"}, "becomes a mixtral or qwen2_moe one"),
         ({"num_experts": 4, "to": "mixtrel"}, "the layout must be one of"),
         ({"num_experts": 4, "shared_size": 4}, "shared_size belongs to qwen2_moe"),
