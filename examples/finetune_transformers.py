@@ -24,6 +24,7 @@ try:
     import torch.nn.functional as F
     import transformers
     from text_data import SEPARATOR, BadInput, Batches, Text, even_windows, load_text
+    from text_program import INTERRUPTED, Stop, check_gpu, make_folder
     from torch import Tensor, nn
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -78,7 +79,14 @@ class Tokens:
     unit = "token"
 
     def __init__(self, folder: str) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        # without one, the model's type decides what transformers raises, or that it makes one without any words
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            reads = bool(self.tokenizer("text", add_special_tokens=False)["input_ids"])
+        except Exception:
+            reads = False
+        if not reads:
+            raise BadInput(f"--model: {folder} has no tokenizer that transformers can read, such as a tokenizer.json")
 
     def __call__(self, text: Tensor, args: argparse.Namespace) -> Tensor:
         # which is slow: no more text than the steps can see
@@ -131,15 +139,16 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> None:
-    for name in ("rank", "steps", "batch_size", "context", "eval_every"):
-        if getattr(args, name) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    # of a window of one byte nothing is predicted
+    for name, least in (("rank", 1), ("steps", 1), ("batch_size", 1), ("context", 2), ("eval_every", 1)):
+        if getattr(args, name) < least:
+            raise BadInput(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     if args.sample < 0:
         raise BadInput(f"--sample must be at least 0, got {args.sample}")
     if args.learning_rate is not None and not args.learning_rate > 0:
         raise BadInput(f"--learning-rate must be above 0, got {args.learning_rate}")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise BadInput("--device cuda: torch sees no GPU here")
+    if args.device == "cuda":
+        check_gpu()
     if args.model is not None and not Path(args.model, "config.json").is_file():
         raise BadInput(f"--model: {args.model} must be a folder with a config.json, as save_pretrained writes one")
     if args.lora and MAJOR < 5:
@@ -151,8 +160,9 @@ def open_model(args: argparse.Namespace) -> tuple[nn.Module, Bytes | Tokens]:
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[args.dtype]
     if args.model is not None:
         try:
-            model = AutoModelForCausalLM.from_pretrained(args.model)
+            # first, for it takes a moment and the weights take minutes
             tokenizer: Bytes | Tokens = Tokens(args.model)
+            model = AutoModelForCausalLM.from_pretrained(args.model)
         except (OSError, ValueError) as error:
             raise BadInput(f"--model: {str(error).splitlines()[0]}") from None
     else:
@@ -241,9 +251,55 @@ def describe(args: argparse.Namespace, text: Text, ids: Tensor, model: nn.Module
     print(f"training  {args.steps} steps of {args.batch_size} x {args.context} {unit}s, {args.dtype}, {where}")
 
 
+def fit(
+    args: argparse.Namespace, trainers: list[Trainer], ids: Tensor, windows: Tensor, rate: float, stop: Stop
+) -> int:
+    """Trains up to the last step or Ctrl-C; the number of steps done."""
+    batches = Batches(ids, args.batch_size, args.context - 1, args.seed)
+    warmup = max(args.steps // 10, 1)
+    for step in range(args.steps):
+        if step % args.eval_every == 0:
+            say_bits(step, trainers, windows, args.batch_size)
+        if stop.asked:
+            return step
+        batch = batches.next().to(args.device)
+        factor = min((step + 1) / warmup, 0.1 + 0.9 * (1 - step / args.steps))
+        for trainer in trainers:
+            trainer.step(batch, rate * factor)
+    if not stop.asked:
+        say_bits(args.steps, trainers, windows, args.batch_size)
+    return args.steps
+
+
+def say_bits(step: int, trainers: list[Trainer], windows: Tensor, batch_size: int) -> None:
+    bits = [held_out_bits(t.model, windows, batch_size) for t in trainers]
+    print(f"{step:6}  " + "".join(f"{b:14.4f}" for b in bits), flush=True)
+
+
+def say_speeds(args: argparse.Namespace, trainers: list[Trainer], unit: str) -> None:
+    """How fast each was, and how far apart their losses are."""
+    print()
+    for trainer in trainers:
+        speed = args.steps * args.batch_size * args.context / trainer.seconds
+        print(f"{trainer.name:12}{speed:12,.0f} {unit}s a second")
+    if args.compare:
+        pairs = zip(*(torch.stack(t.losses).tolist() for t in trainers), strict=True)
+        print(f"largest relative difference of a loss: {max(abs(a - b) / abs(b) for a, b in pairs):.1e}")
+
+
+def say_sample(args: argparse.Namespace, model: nn.Module, tokenizer: Bytes | Tokens) -> None:
+    prompt = torch.tensor([tokenizer.encode(args.prompt)], device=args.device)
+    model.eval()
+    sample = model.generate(
+        input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=args.sample, do_sample=False
+    )
+    print(f"\n{tokenizer.decode(sample[0].tolist())}")
+
+
 def run(args: argparse.Namespace) -> None:
     check(args)
     text = load_text(args.data, args.context)
+    make_folder("--out", args.out)
     theirs, tokenizer = open_model(args)
     if args.lora:
         theirs = with_adapters(theirs, args.rank)
@@ -260,46 +316,38 @@ def run(args: argparse.Namespace) -> None:
     describe(args, text, ids, ours, tokenizer.unit)
 
     trainers = [Trainer(OURS, ours, rate)] + ([Trainer(THEIRS, theirs, rate)] if args.compare else [])
-    batches = Batches(ids, args.batch_size, args.context - 1, args.seed)
-    warmup = max(args.steps // 10, 1)
     print(f"\nheld-out bits a {tokenizer.unit}:\n  step  " + "".join(f"{t.name:>14}" for t in trainers))
-    for step in range(args.steps + 1):
-        if step % args.eval_every == 0 or step == args.steps:
-            bits = [held_out_bits(t.model, windows, args.batch_size) for t in trainers]
-            print(f"{step:6}  " + "".join(f"{b:14.4f}" for b in bits), flush=True)
-        if step < args.steps:
-            batch = batches.next().to(args.device)
-            factor = min((step + 1) / warmup, 0.1 + 0.9 * (1 - step / args.steps))
-            for trainer in trainers:
-                trainer.step(batch, rate * factor)
-    print()
-    for trainer in trainers:
-        speed = args.steps * args.batch_size * args.context / trainer.seconds
-        print(f"{trainer.name:12}{speed:12,.0f} {tokenizer.unit}s a second")
-    if args.compare:
-        pairs = zip(*(torch.stack(t.losses).tolist() for t in trainers), strict=True)
-        print(f"largest relative difference of a loss: {max(abs(a - b) / abs(b) for a, b in pairs):.1e}")
+    with Stop() as stop:
+        done = fit(args, trainers, ids, windows, rate, stop)
+        # before anything that could yet fail
+        ours.save_pretrained(args.out)
+        tokenizer.save(args.out)
+    if stop.asked:
+        print(f"stopped after step {done} of {args.steps}; saved {args.out}")
+        return
+    say_speeds(args, trainers, tokenizer.unit)
+    print(f"\nsaved     {args.out}", flush=True)
     if args.sample:
-        prompt = torch.tensor([tokenizer.encode(args.prompt)], device=args.device)
-        ours.eval()
-        sample = ours.generate(
-            input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=args.sample, do_sample=False
-        )
-        print(f"\n{tokenizer.decode(sample[0].tolist())}")
-    args.out.mkdir(parents=True, exist_ok=True)
-    ours.save_pretrained(args.out)
-    tokenizer.save(args.out)
-    print(f"\nsaved     {args.out}")
+        try:
+            say_sample(args, ours, tokenizer)
+        except KeyboardInterrupt:
+            print("stopped within the sample")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    args = parser().parse_args(arguments)
     try:
-        run(parser().parse_args(arguments))
+        run(args)
     except BadInput as error:
-        sys.exit(f"finetune_transformers: {error}")
+        print(f"finetune_transformers: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"finetune_transformers: stopped before the model was saved in {args.out}", file=sys.stderr)
+        return INTERRUPTED
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -29,6 +28,7 @@ try:
     from text_data import SEPARATOR, BadInput, load_text
     from text_model import generate
     from text_picture import draw
+    from text_program import INTERRUPTED, Stop, check_file, make_folder
     from text_ranks import Ranks
     from text_training import (
         AGREEMENT,
@@ -173,11 +173,8 @@ def prepare(args: argparse.Namespace) -> Training:
     args.out = args.out or (args.resume.parent if args.resume else Path("runs/train_text"))
     args.save = args.save or args.out / "checkpoint.pt"
     ranks = open_ranks(args, settings)
-    for folder in (args.out, args.save.parent):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise BadInput(f"--out, --save: can't make the folder {folder}: {error.strerror}") from None
+    make_folder("--out", args.out)
+    check_file("--save", args.save)
 
     training = Training(settings, text, device, args.data, ranks)
     s, model = settings, training.learners[0].model
@@ -229,25 +226,18 @@ class Log:
 def train(training: Training, args: argparse.Namespace, log: Log) -> bool:
     """Up to the last step, --stop-at or Ctrl-C, and saves; whether it was the last step."""
     s, history, ranks = training.settings, training.history, training.ranks
-    stop = {"asked": False}
-
-    def ask(*_: object) -> None:
-        stop["asked"] = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        tqdm.write("stopping after this step (Ctrl-C again: at once, without saving)")
-
-    before = signal.signal(signal.SIGINT, ask)
     started = time.perf_counter()
     bar = tqdm(
         total=s.steps, initial=training.done, unit="step", dynamic_ncols=True,
         disable=not (ranks.main and sys.stderr.isatty()),
         bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining} {postfix}", leave=False,
     )  # fmt: skip
-    try:
+    # tqdm's own write keeps clear of the bar
+    with Stop(tqdm.write) as stop, bar:
         if training.done == 0:
             log.write(training.evaluate())
         while training.done < s.steps and training.done != args.stop_at:
-            if ranks.any(stop["asked"], training.device):
+            if ranks.any(stop.asked, training.device):
                 break
             log.write(training.step())
             bar.update()
@@ -270,10 +260,7 @@ def train(training: Training, args: argparse.Namespace, log: Log) -> bool:
                 say_agreement(training)
             if training.done % args.save_every == 0 and training.done < s.steps:
                 training.save(args.save)
-    finally:
-        bar.close()
-        signal.signal(signal.SIGINT, before)
-    training.save(args.save)
+        training.save(args.save)
     return training.done == s.steps
 
 
@@ -333,14 +320,8 @@ def report(training: Training, args: argparse.Namespace, log: Log) -> int:
     return 0 if agree else 1
 
 
-def main(arguments: list[str] | None = None) -> int:
-    args = parser().parse_args(arguments)
-    sys.stdout.reconfigure(line_buffering=True)
-    try:
-        training = prepare(args)
-    except BadInput as error:
-        print(f"train_text: {error}", file=sys.stderr)
-        return 2
+def run(args: argparse.Namespace) -> int:
+    training = prepare(args)
     log = Log(args.out / "log.jsonl", training)
     status = 0
     if train(training, args, log):
@@ -349,6 +330,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"stopped at step {training.done} of {training.settings.steps}; go on with --resume {args.save}")
     training.ranks.close()
     return status
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parser().parse_args(arguments)
+    sys.stdout.reconfigure(line_buffering=True)
+    try:
+        return run(args)
+    except BadInput as error:
+        print(f"train_text: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        kept = args.save is not None and args.save.is_file()
+        print(f"train_text: stopped; {f'{args.save} is kept' if kept else 'nothing was saved'}", file=sys.stderr)
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ from fmoe.gates import BaseGate, GShardGate, NaiveGate, NoisyGate, SwitchGate  #
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from text_data import BadInput, Batches, even_windows, load_text  # noqa: E402
+from text_program import INTERRUPTED, Stop, check_file, check_gpu  # noqa: E402
 
 GATES = {"naive": (NaiveGate, 2), "noisy": (NoisyGate, 2), "gshard": (GShardGate, 2), "switch": (SwitchGate, 1)}
+HEADS = 4
 
 
 class Block(nn.Module):
@@ -66,7 +68,7 @@ class Model(nn.Module):
         super().__init__()
         self.bytes, self.places = nn.Embedding(256, args.width), nn.Embedding(args.context, args.width)
         self.blocks = nn.Sequential(
-            *(Block(args.width, 4, args.experts, args.gate, world_size) for _ in range(args.layers))
+            *(Block(args.width, HEADS, args.experts, args.gate, world_size) for _ in range(args.layers))
         )
         self.head = nn.Linear(args.width, 256)
 
@@ -97,6 +99,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> float:
     """Trains, writes args.save on the first process, and returns the loss on held-out text."""
     device = torch.device("cuda", rank) if args.device == "cuda" else torch.device(args.device)
     text = load_text(args.data, args.context)
+    check_file("--save", args.save)
     torch.manual_seed(rank)
     model = Model(args, world_size).to(device)
     # copies the first process's weights to the others; experts are each process's own
@@ -105,24 +108,32 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> float:
     held_out = even_windows(text.held_out, args.context, 32).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     recent: list[float] = []
-    for step in range(1, args.steps + 1):
-        loss = loss_of(parallel, batches.next().to(device))
-        total = loss + args.balance * balance_loss(model)
-        optimizer.zero_grad()
-        # a 1 / world_size in the loss and sums instead of means: experts, which see every process's tokens, get the
-        # gradient of the mean loss like everything else
-        (total / world_size).backward()
-        if world_size > 1:
-            parallel.allreduce_gradients(no_scale=True)
-        optimizer.step()
-        recent = [*recent[-19:], loss.item()]
-        if rank == 0 and (step % 20 == 0 or step == args.steps):
-            print(f"step {step}: loss {sum(recent) / len(recent):.3f}", flush=True)
-    final = evaluate(model, held_out)
-    merged = fastmoe_cpp.fmoe.merged_state_dict(model)  # the second line: one state dict of all processes' experts
+    # what follows the steps is short, and saves: Ctrl-C leads there
+    with Stop(None if rank == 0 else lambda words: None) as stop:
+        for step in range(1, args.steps + 1):
+            loss = loss_of(parallel, batches.next().to(device))
+            total = loss + args.balance * balance_loss(model)
+            optimizer.zero_grad()
+            # a 1 / world_size in the loss and sums instead of means: experts, which see every process's tokens, get
+            # the gradient of the mean loss like everything else
+            (total / world_size).backward()
+            if world_size > 1:
+                parallel.allreduce_gradients(no_scale=True)
+            optimizer.step()
+            recent = [*recent[-19:], loss.item()]
+            stopped = stop.asked_on_any_rank(device)
+            if rank == 0 and (step % 20 == 0 or step == args.steps or stopped):
+                print(f"step {step}: loss {sum(recent) / len(recent):.3f}", flush=True)
+            if stopped:
+                break
+        final = evaluate(model, held_out)
+        # the second line: one state dict of all processes' experts
+        merged = fastmoe_cpp.fmoe.merged_state_dict(model)
+        if rank == 0:
+            torch.save(merged, args.save)
     if rank == 0:
-        args.save.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(merged, args.save)
+        if stopped:
+            print(f"stopped after step {step} of {args.steps}; saved {args.save}")
         alone = Model(args, 1).to(device)
         alone.load_state_dict(torch.load(args.save, weights_only=True))
         again = evaluate(alone, held_out)
@@ -132,7 +143,27 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> float:
     return final
 
 
-def main(argv: list[str] | None = None) -> None:
+SIZES = {"steps": 200, "experts": 8, "layers": 2, "width": 128, "context": 128, "batch-size": 8}
+
+
+def check(args: argparse.Namespace, world_size: int) -> None:
+    """Raises BadInput, one sentence, for what can't be trained."""
+    for name in SIZES:
+        value = getattr(args, name.replace("-", "_"))
+        if value < 1:
+            raise BadInput(f"--{name} must be at least 1, got {value}")
+    if args.width % HEADS:
+        raise BadInput(f"--width must be a multiple of {HEADS}, the number of heads, got {args.width}")
+    top_k = GATES[args.gate][1]
+    if args.experts < top_k:
+        raise BadInput(f"--experts must be at least the {top_k} a token of --gate {args.gate}, got {args.experts}")
+    if args.experts % world_size:
+        raise BadInput(f"--experts must be a multiple of the number of processes, {world_size}, got {args.experts}")
+    if args.device == "cuda":
+        check_gpu()
+
+
+def main(argv: list[str] | None = None) -> int:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="a folder of text, or a file; Python's standard library without it")
@@ -140,31 +171,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--balance", type=float, default=0.01, help="the weight of the gates' loss")
     parser.add_argument("--save", type=Path, default=Path("runs/fmoe/model.pt"))
-    sizes = {"steps": 200, "experts": 8, "layers": 2, "width": 128, "context": 128, "batch-size": 8}
-    for name, default in sizes.items():
+    for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args(argv)
-    for name in sizes:
-        if getattr(args, name.replace("-", "_")) < 1:
-            parser.error(f"--{name} must be at least 1")
-    if args.width % 4:
-        parser.error("--width must be a multiple of 4, the number of heads")
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.experts % world_size:
-        parser.error(f"--experts must be a multiple of the number of processes, {world_size}, got {args.experts}")
-    if world_size > 1:
-        dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
-    rank = dist.get_rank() if world_size > 1 else 0
-    if args.device == "cuda":
-        torch.cuda.set_device(rank)
+    rank = 0
     try:
+        check(args, world_size)
+        if world_size > 1:
+            dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+            rank = dist.get_rank()
+        if args.device == "cuda":
+            torch.cuda.set_device(rank)
         train(args, rank, world_size)
     except BadInput as error:
-        sys.exit(f"train: {error}")
+        print(f"train: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"train: stopped before the model was saved in {args.save} and read again", file=sys.stderr)
+        return INTERRUPTED
     finally:
-        if world_size > 1:
+        if dist.is_initialized():
             dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

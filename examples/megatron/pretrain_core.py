@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import os
@@ -21,6 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +35,14 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from text_data import BadInput, Batches, Text, even_windows, load_text  # noqa: E402
+from text_program import INTERRUPTED, Stop, check_gpu, make_folder  # noqa: E402
 from torch import Tensor  # noqa: E402
+from torch.distributed.checkpoint import CheckpointException  # noqa: E402
 
 try:
     from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
     from megatron.core.dist_checkpointing import ShardedObject
+    from megatron.core.dist_checkpointing.core import CheckpointingException
     from megatron.core.dist_checkpointing.optimizer import (
         get_param_id_to_sharded_param_map,
         optim_state_to_sharding_state,
@@ -54,6 +59,11 @@ except ImportError as error:
     sys.exit(f"pretrain_core: {error}; `pip install megatron-core psutil` installs what it needs beside fastmoe_cpp")
 
 VOCABULARY = 256
+#: What the weights of a checkpoint can't be read without.
+SHAPE = ("layers", "hidden_size", "heads", "experts", "expert_size")
+COUNTS = (
+    "steps", *SHAPE, "top_k", "context", "micro_batch_size", "micro_batches", "expert_parallel", "eval_every"
+)  # fmt: skip
 
 
 def arguments() -> argparse.Namespace:
@@ -81,6 +91,51 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raises BadInput, one sentence, for what can't be trained; settles the device."""
+    for name in COUNTS:
+        if getattr(args, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    # rotary embeddings turn pairs of a head's numbers
+    if args.hidden_size % (2 * args.heads):
+        raise BadInput(f"--hidden-size must be a multiple of 2 * --heads = {2 * args.heads}, got {args.hidden_size}")
+    if args.top_k > args.experts:
+        raise BadInput(f"--top-k must be at most --experts = {args.experts}, got {args.top_k}")
+    if not args.learning_rate > 0 or not args.aux_loss >= 0:
+        raise BadInput(
+            f"--learning-rate must be above 0 and --aux-loss at least 0, got {args.learning_rate} and {args.aux_loss}"
+        )
+    n, processes = args.expert_parallel, int(os.environ.get("WORLD_SIZE", 1))
+    if args.experts % n:
+        raise BadInput(f"--expert-parallel must divide --experts {args.experts}, got {n}")
+    if processes % n:
+        raise BadInput(
+            f"--expert-parallel {n} needs a number of processes N that it divides, and this is one of {processes}: "
+            f"torchrun --nproc_per_node=N examples/megatron/pretrain_core.py --expert-parallel {n}"
+        )
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cuda":
+        check_gpu()
+
+
+def newest_checkpoint(args: argparse.Namespace) -> Path:
+    """The folder of the checkpoint to go on from, or BadInput: none, part of one, or one of another model."""
+    root = Path(args.save)
+    if not (root / "newest").is_file():
+        raise BadInput(f"--resume: there is no checkpoint in {root}")
+    folder = root / (root / "newest").read_text()
+    if not (folder / "ranks").is_file():
+        raise BadInput(f"--resume: the checkpoint {folder} is not complete")
+    # written by newer versions of this script only
+    shape = json.loads((folder / "shape.json").read_text()) if (folder / "shape.json").is_file() else {}
+    for name, saved in shape.items():
+        if getattr(args, name) != saved:
+            option = f"--{name.replace('_', '-')}"
+            raise BadInput(f"--resume: {folder} was trained with {option} {saved}, not {getattr(args, name)}")
+    return folder
+
+
 def without_gpu() -> None:
     """Megatron-Core asks CUDA for its device, waits for it and forks its generators: on a CPU there is none."""
     torch.cuda.current_device = lambda: torch.device("cpu")
@@ -91,20 +146,19 @@ def without_gpu() -> None:
 
 def start_ranks(args: argparse.Namespace) -> torch.device:
     """Megatron-Core's process groups, of torchrun's processes or of this one; this rank's device."""
-    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    backend = "nccl" if device == "cuda" else "gloo"
+    backend = "nccl" if args.device == "cuda" else "gloo"
     if size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, rank=rank, world_size=size)
-    if device == "cuda":
+    if args.device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
         without_gpu()
     parallel_state.initialize_model_parallel(expert_model_parallel_size=args.expert_parallel)
     torch.manual_seed(args.seed)
-    if device == "cuda":
+    if args.device == "cuda":
         tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
@@ -119,6 +173,8 @@ def make_model(args: argparse.Namespace, device: torch.device) -> DistributedDat
         expert_model_parallel_size=args.expert_parallel, gated_linear_unit=True, activation_func=F.silu,
         add_bias_linear=False, normalization="RMSNorm", hidden_dropout=0.0, attention_dropout=0.0,
         bias_activation_fusion=False, use_cpu_initialization=True,
+        # softmax after the choice of one expert would be a constant 1: Megatron-Core refuses it
+        moe_router_pre_softmax=args.top_k == 1,
     )  # fmt: skip
     spec = get_gpt_layer_local_spec(num_experts=args.experts, normalization="RMSNorm")
     if args.experts_of == "fastmoe_cpp":
@@ -188,7 +244,13 @@ def restore(model: Any, optimizer: torch.optim.Optimizer, batches: Batches, fold
     wanted = sharded(model, optimizer, 0, batches)
     if (folder / "ranks").read_text() != str(dist.get_world_size()):
         wanted.pop("place")  # other ranks read other places
-    found = dist_checkpointing.load(wanted, str(folder))
+    try:
+        found = dist_checkpointing.load(wanted, str(folder))
+    except (CheckpointingException, CheckpointException) as error:
+        # torch's holds what every rank raised, with its traceback
+        failures = getattr(error, "failures", {0: (error, None)})
+        reason = str(next(iter(failures.values()))[0]).strip().splitlines()[0]
+        raise BadInput(f"--resume: {folder} can't be read into this model: {reason}") from None
     model.module.load_state_dict(found["model"])
     moments = found["optimizer"]
     for state in moments["state"].values():
@@ -199,62 +261,78 @@ def restore(model: Any, optimizer: torch.optim.Optimizer, batches: Batches, fold
     return found["step"]
 
 
-def save(model: Any, optimizer: torch.optim.Optimizer, step: int, batches: Batches, root: Path) -> Path:
+def save(model: Any, optimizer: torch.optim.Optimizer, step: int, batches: Batches, args: argparse.Namespace) -> Path:
+    root = Path(args.save)
     folder = root / f"step_{step:06d}"
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (root / "newest").write_text(folder.name)
     dist.barrier()
     dist_checkpointing.save(sharded(model, optimizer, step, batches), str(folder))
     if dist.get_rank() == 0:
+        (folder / "shape.json").write_text(json.dumps({name: getattr(args, name) for name in SHAPE}))
         (folder / "ranks").write_text(str(dist.get_world_size()))
+        # only now, for it names what can be read
+        (root / "newest").write_text(folder.name)
     dist.barrier()
     return folder
 
 
 def train(args: argparse.Namespace) -> None:
+    check(args)
     text = load_text(args.data, args.context)
+    found = newest_checkpoint(args) if args.resume else None
+    make_folder("--save", Path(args.save))
     device = start_ranks(args)
-    say = print if dist.get_rank() == 0 else lambda *_, **__: None
+    say = partial(print, flush=True) if dist.get_rank() == 0 else lambda *_, **__: None
     model = make_model(args, device)
     optimizer = torch.optim.AdamW(model.module.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     batches = Batches(text.train, args.micro_batch_size, args.context, args.seed * 1000 + dist.get_rank())
-    root, done = Path(args.save), 0
-    if args.resume:
-        if not (root / "newest").exists():
-            raise BadInput(f"--resume: there is no checkpoint in {root}")
-        done = restore(model, optimizer, batches, root / (root / "newest").read_text())
+    done = 0
+    if found is not None:
+        done = restore(model, optimizer, batches, found)
         say(f"going on after step {done}")
     parameters = sum(p.numel() for p in model.parameters())
     say(f"{text.files} files of {text.source}; {parameters:,} parameters on each of {dist.get_world_size()} rank(s)")
     say(f"experts of {args.experts_of} on {device}; a uniform guess has a loss of {math.log(VOCABULARY):.3f}")
     tokens, begun = 0, time.perf_counter()
     windows = iter(lambda: batches.next().to(device), None)
-    for step in range(done + 1, args.steps + 1):
-        model.zero_grad_buffer()
-        losses = forward_backward(windows, model, args.micro_batches)
-        for parameter in model.module.parameters():
-            parameter.grad = parameter.main_grad.to(parameter.dtype)  # Megatron's own optimizer needs a GPU
-        optimizer.step()
-        optimizer.zero_grad()
-        tokens += args.micro_batches * args.micro_batch_size * args.context
-        if step % 10 == 0 or step == args.steps:
-            loss = sum(loss.item() for loss in losses) / len(losses)
-            speed = tokens / (time.perf_counter() - begun)
-            say(f"step {step:5d}  loss {loss:.4f}  {speed:,.0f} tokens/s a rank")
-        if step % args.eval_every == 0 or step == args.steps:
-            say(f"step {step:5d}  held out {evaluate(model, text, args, device):.4f}")
-    if done < args.steps:
-        say(f"checkpoint: {save(model, optimizer, args.steps, batches, root)}")
+    with Stop(say) as stop:
+        for step in range(done + 1, args.steps + 1):
+            model.zero_grad_buffer()
+            losses = forward_backward(windows, model, args.micro_batches)
+            for parameter in model.module.parameters():
+                parameter.grad = parameter.main_grad.to(parameter.dtype)  # Megatron's own optimizer needs a GPU
+            optimizer.step()
+            optimizer.zero_grad()
+            tokens += args.micro_batches * args.micro_batch_size * args.context
+            stopped = stop.asked_on_any_rank(device)
+            if step % 10 == 0 or step == args.steps or stopped:
+                loss = sum(loss.item() for loss in losses) / len(losses)
+                speed = tokens / (time.perf_counter() - begun)
+                say(f"step {step:5d}  loss {loss:.4f}  {speed:,.0f} tokens/s a rank")
+            if stopped:
+                break
+            if step % args.eval_every == 0 or step == args.steps:
+                say(f"step {step:5d}  held out {evaluate(model, text, args, device):.4f}")
+        if done < args.steps:
+            say(f"checkpoint: {save(model, optimizer, step, batches, args)}")
+            if step < args.steps:
+                say(f"stopped after step {step} of {args.steps}; go on with --resume")
     dist.destroy_process_group()
 
 
-def main() -> None:
+def main() -> int:
     try:
         train(arguments())
     except BadInput as error:
-        sys.exit(f"pretrain_core: {error}")
+        print(f"pretrain_core: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("pretrain_core: stopped before a checkpoint was saved", file=sys.stderr)
+        return INTERRUPTED
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,9 @@
 """The fine-tuning example, at a size that runs in seconds: from a configuration, and from a checkpoint's folder."""
 
 import importlib.util
+import os
 import re
+import signal
 import sys
 from pathlib import Path
 
@@ -18,8 +20,17 @@ SHORT = "--steps 4 --batch-size 2 --context 24 --eval-every 2 --sample 8".split(
 
 
 def run(capsys, *arguments):
-    example.main([*SHORT, *map(str, arguments)])
+    assert example.main([*SHORT, *map(str, arguments)]) == 0
     return capsys.readouterr().out
+
+
+def refused(capsys, *arguments) -> str:
+    """The one sentence on stderr, before a line of training."""
+    assert example.main([*SHORT, *map(str, arguments)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("finetune_transformers: ") and captured.err.count("\n") == 1
+    return captured.err
 
 
 @pytest.mark.parametrize("family", example.FAMILIES)
@@ -80,8 +91,7 @@ def test_a_checkpoint_s_folder(folder, tmp_path, capsys):
 def test_low_rank_adapters(folder, tmp_path, capsys):
     missing = "transformers 5" if example.MAJOR < 5 else "peft: `pip install peft` installs it"
     if example.MAJOR < 5 or importlib.util.find_spec("peft") is None:
-        with pytest.raises(SystemExit, match=f"--lora needs {missing}"):
-            run(capsys, "--data", folder, "--lora", "--out", tmp_path)
+        assert f"--lora needs {missing}" in refused(capsys, "--data", folder, "--lora", "--out", tmp_path)
         return
     out = run(capsys, "--data", folder, "--lora", "--compare", "--rank", 2, "--out", tmp_path / "adapter")
     total, trained = (
@@ -100,20 +110,80 @@ def test_low_rank_adapters(folder, tmp_path, capsys):
         (["--model", "nowhere"], "--model: nowhere must be a folder with a config.json"),
         (["--data", "nowhere"], "--data: there is no folder or file nowhere"),
         (["--steps", "0"], "--steps must be at least 1, got 0"),
+        (["--context", "1"], "--context must be at least 2, got 1"),
         (["--learning-rate", "0"], "--learning-rate must be above 0, got 0.0"),
         (["--sample", "-1"], "--sample must be at least 0, got -1"),
     ],
 )
-def test_bad_input_gets_one_sentence(arguments, message, tmp_path):
-    with pytest.raises(SystemExit, match=re.escape(message)):
-        example.main([*SHORT, *arguments, "--out", str(tmp_path)])
+def test_bad_input_gets_one_sentence(arguments, message, tmp_path, capsys):
+    assert message in refused(capsys, *arguments, "--out", tmp_path)
 
 
-def test_a_dense_checkpoint_is_refused(folder, tmp_path):
+def test_an_out_that_can_t_be_written_is_refused_before_training(folder, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out, words in (
+        (tmp_path / "file", "must be a folder, and is a file"),
+        (tmp_path / "file/below", "can't write into the folder"),
+        ("/proc/nowhere", "can't write into the folder /proc/nowhere: "),
+        ("/proc", "can't write into the folder /proc: "),
+    ):
+        said = refused(capsys, "--data", folder, "--out", out)
+        assert said.startswith("finetune_transformers: --out: ") and words in said
+
+
+def interrupt_at(monkeypatch, step: int, times: int) -> None:
+    """Ctrl-C, so many times, within that step."""
+
+    def interrupted(self, *arguments):
+        for _ in range(times if self.name == example.OURS and len(self.losses) + 1 == step else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        whole(self, *arguments)
+
+    whole = example.Trainer.step
+    monkeypatch.setattr(example.Trainer, "step", interrupted)
+
+
+def test_ctrl_c_saves_after_the_step(folder, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    interrupt_at(monkeypatch, step=2, times=1)
+    out = run(capsys, "--data", folder, "--out", tmp_path, "--compare")
+    assert out.endswith(f"stopped after step 2 of 4; saved {tmp_path}\n")
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_twice_says_that_nothing_was_saved(folder, tmp_path, capsys, monkeypatch):
+    interrupt_at(monkeypatch, step=2, times=2)
+    assert example.main([*SHORT, "--data", str(folder), "--out", str(tmp_path)]) == 130
+    said = capsys.readouterr().err
+    assert said.endswith(f"finetune_transformers: stopped before the model was saved in {tmp_path}\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_model_is_saved_before_the_sample(folder, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(example, "say_sample", interrupted)
+    out = run(capsys, "--data", folder, "--out", tmp_path)
+    assert f"saved     {tmp_path}\nstopped within the sample" in out
+    assert (tmp_path / "config.json").is_file()
+
+
+@pytest.mark.parametrize("family", ["olmoe", "mixtral"])
+def test_a_folder_without_a_tokenizer_is_refused(family, folder, tmp_path, capsys):
+    """transformers makes an empty one for the first, and of the second's error the first line says nothing."""
+    sizes = example.SIZES | example.FAMILIES[family]
+    transformers.AutoConfig.for_model(family, **sizes).save_pretrained(tmp_path)
+    said = refused(capsys, "--model", tmp_path, "--data", folder, "--out", tmp_path / "out")
+    assert f"--model: {tmp_path} has no tokenizer that transformers can read" in said
+
+
+def test_a_dense_checkpoint_is_refused(folder, tmp_path, capsys):
     small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, vocab_size=300)).save_pretrained(tmp_path)
     checkpoint(tmp_path / "moe", folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / name).write_bytes((tmp_path / "moe" / name).read_bytes())
-    with pytest.raises(SystemExit, match="finetune_transformers: LlamaForCausalLM can't be served"):
-        example.main([*SHORT, "--model", str(tmp_path), "--data", str(folder), "--out", str(tmp_path / "out")])
+    said = refused(capsys, "--model", tmp_path, "--data", folder, "--out", tmp_path / "out")
+    assert said.startswith("finetune_transformers: LlamaForCausalLM can't be served")

@@ -1,6 +1,8 @@
 """The demo, at a size that runs in seconds: what it promises its reader holds, and bad input gets one sentence."""
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -207,6 +209,46 @@ def test_bad_settings_are_refused_in_one_sentence(folder, tmp_path, capsys):
     )
     if not torch.cuda.is_available():
         assert "torch sees no GPU" in refused(capsys, *data, "--device", "cuda")
+
+
+def test_paths_that_can_t_be_written_are_refused(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = ("--data", str(folder), "--out", "out", *TINY)
+    assert "--save must name a file, and . is a folder" in refused(capsys, *data, "--save", ".")
+    assert "--save must name a file, and out is a folder" in refused(capsys, *data, "--save", "out")
+    (tmp_path / "file").touch()
+    assert "--save: can't write into the folder file/below" in refused(capsys, *data, "--save", "file/below/a.pt")
+    assert "--out: file must be a folder, and is a file" in refused(capsys, *data, "--out", "file")
+    assert "--out: can't write into the folder /proc: " in refused(capsys, *data, "--out", "/proc")
+
+
+def interrupt_at(monkeypatch, step: int, times: int) -> None:
+    """Ctrl-C, so many times, within that step."""
+
+    def interrupted(self):
+        for _ in range(times if self.done + 1 == step else 0):
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(self)
+
+    whole = text_training.Training.step
+    monkeypatch.setattr(text_training.Training, "step", interrupted)
+
+
+def test_ctrl_c_saves_after_the_step(folder, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(signal.SIGINT)
+    interrupt_at(monkeypatch, step=3, times=1)
+    assert run(folder, tmp_path, "--steps", "8") == 0
+    assert "stopped at step 3 of 8; go on with --resume" in capsys.readouterr().out
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 3
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_twice_says_what_is_kept(folder, tmp_path, capsys, monkeypatch):
+    interrupt_at(monkeypatch, step=3, times=2)
+    assert run(folder, tmp_path, "--steps", "8") == 130
+    assert capsys.readouterr().err == "train_text: stopped; nothing was saved\n"
+    assert run(folder, tmp_path, "--steps", "8", "--save-every", "2") == 130
+    assert capsys.readouterr().err == f"train_text: stopped; {tmp_path / 'checkpoint.pt'} is kept\n"
 
 
 def test_a_checkpoint_of_something_else_is_refused(folder, finished, tmp_path, capsys):
