@@ -186,23 +186,34 @@ std::tuple<Tensor, Tensor> experts_forward_op(const Tensor& hidden_states, const
   return {out, pre};
 }
 
-// Where a projection's gradient goes: a tensor of its own, or added to a float32 buffer, by the kernel or, where that
-// cannot, from a tensor of its own.
-struct WeightGrad {
-  Tensor grad, buffer;  // buffer: undefined where grad is what is wanted
-  bool wanted, adds;
-
+// Where a projection's gradient goes: a tensor of its own, made when its kernel is launched and no sooner, or added to a
+// float32 buffer, by the kernel or, where that cannot, from a tensor of its own.
+class WeightGrad {
+ public:
   WeightGrad(bool wanted, const Tensor& weight, const OptionalTensor& main_grad, bool can_add)
-      : buffer(wanted && has(main_grad) ? *main_grad : Tensor()), wanted(wanted) {
-    adds = can_add && buffer.defined() && on_16_bytes(buffer);
-    grad = wanted && !adds ? at::empty(weight.sizes(), weight.options()) : at::empty({0}, weight.options());
+      : weight_(weight), buffer_(wanted && has(main_grad) ? *main_grad : Tensor()), wanted_(wanted) {
+    adds_ = can_add && buffer_.defined() && on_16_bytes(buffer_);
   }
-  void* pointer() const { return !wanted ? nullptr : adds ? buffer.mutable_data_ptr() : grad.mutable_data_ptr(); }
+
+  bool adds() const { return adds_; }
+  void* pointer() {
+    if (!wanted_) return nullptr;
+    if (adds_) return buffer_.mutable_data_ptr();
+    if (!grad_.defined()) grad_ = at::empty(weight_.sizes(), weight_.options());
+    return grad_.mutable_data_ptr();
+  }
+  void zero() {
+    if (wanted_ && !adds_) grad_ = at::zeros(weight_.sizes(), weight_.options());
+  }
   Tensor result() const {
-    if (!buffer.defined()) return grad;
-    if (!adds) buffer.add_(grad);
-    return at::empty({0}, grad.options());
+    if (grad_.defined() && !buffer_.defined()) return grad_;
+    if (grad_.defined()) buffer_.add_(grad_);
+    return at::empty({0}, weight_.options());
   }
+
+ private:
+  Tensor weight_, buffer_, grad_;  // buffer_: undefined where a tensor of its own is what is wanted
+  bool wanted_, adds_;
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accumulate_op(
@@ -247,10 +258,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
                            grad_down_bias);
   };
   if (o.shape.slots() == 0) {
-    for (Tensor* t :
-         {&grad_hidden, &grad_gate_up.grad, &grad_down.grad, &grad_weights, &grad_gate_up_bias, &grad_down_bias}) {
-      t->zero_();
-    }
+    for (Tensor* t : {&grad_hidden, &grad_weights, &grad_gate_up_bias, &grad_down_bias}) t->zero_();
+    grad_gate_up.zero();
+    grad_down.zero();
     return result();
   }
   const Tensor claimed = at::zeros({run.hopper && (want_gate_up || want_down) ? 2 : 0}, options.dtype(at::kInt));
@@ -295,7 +305,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
     if (want_down || want_down_bias) {
       C10_CUDA_CHECK(
           run.down_weight_grad({o.shape, o.plan, g.const_data_ptr(), data_or_null(scaled_act), grad_down.pointer(),
-                                pointer(want_down_bias, grad_down_bias), grad_down.adds, counter(0)},
+                                pointer(want_down_bias, grad_down_bias), grad_down.adds(), counter(0)},
                                stream));
     }
   }
@@ -329,7 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> experts_backward_accu
   if (want_gate_up || want_gate_up_bias) {
     C10_CUDA_CHECK(run.gate_up_weight_grad(
         {o.shape, o.plan, grad_pre.const_data_ptr(), o.hidden.const_data_ptr(), grad_gate_up.pointer(),
-         pointer(want_gate_up_bias, grad_gate_up_bias), grad_gate_up.adds, counter(1), sum_blocks,
+         pointer(want_gate_up_bias, grad_gate_up_bias), grad_gate_up.adds(), counter(1), sum_blocks,
          data_or_null(grad_rows), pointer(sum_blocks > 0, grad_hidden)},
         stream));
   }
