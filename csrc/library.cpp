@@ -26,6 +26,13 @@ TORCH_LIBRARY(fastmoe_cpp, m) {
       "dispatch(Tensor topk_ids, int num_experts, *, Tensor? topk_weights=None, SymInt? capacity=None, "
       "str drop_policy='position', Tensor? padding_mask=None) "
       "-> (Tensor slot_index, Tensor token_slot, Tensor expert_offsets, Tensor tokens_per_expert)");
+  // router_logits, route and dispatch (without capacity or padding) in one call
+  m.def(
+      "route_and_dispatch(Tensor hidden_states, Tensor weight, Tensor? bias, int top_k, *, Tensor? expert_bias=None, "
+      "str score_function='softmax', bool scores_after_topk=False, bool renormalize=True, float renormalize_epsilon=0.0, "
+      "float scaling_factor=1.0, int num_groups=1, int topk_groups=1, str group_score='max') "
+      "-> (Tensor logits, Tensor topk_weights, Tensor topk_ids, Tensor scores, Tensor slot_index, Tensor token_slot, "
+      "Tensor expert_offsets, Tensor tokens_per_expert)");
   m.def("gather(Tensor hidden_states, Tensor slot_index, Tensor token_slot, Tensor expert_offsets) -> Tensor");
   m.def("gather_backward(Tensor grad_rows, Tensor token_slot) -> Tensor");
 

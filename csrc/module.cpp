@@ -98,6 +98,22 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "topk_ids"_a, "num_experts"_a, py::kw_only(), "topk_weights"_a = py::none(), "capacity"_a = py::none(),
       "drop_policy"_a = "position", "padding_mask"_a = py::none(),
       "topk_ids [T, K] -> (slot_index [T*K], token_slot [T, K], expert_offsets [E+1], int32; tokens_per_expert [E] int64).");
+  def(
+      "route_and_dispatch",
+      [](const at::Tensor& hidden_states, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+         int64_t top_k, const std::optional<at::Tensor>& expert_bias, const std::string& score_function,
+         bool scores_after_topk, bool renormalize, double renormalize_epsilon, double scaling_factor,
+         int64_t num_groups, int64_t topk_groups, const std::string& group_score) {
+        return route_and_dispatch(hidden_states, weight, bias, top_k, expert_bias, score_function, scores_after_topk,
+                                  renormalize, renormalize_epsilon, scaling_factor, num_groups, topk_groups,
+                                  group_score);
+      },
+      "hidden_states"_a, "weight"_a, "bias"_a, "top_k"_a, py::kw_only(), "expert_bias"_a = py::none(),
+      "score_function"_a = "softmax", "scores_after_topk"_a = false, "renormalize"_a = true,
+      "renormalize_epsilon"_a = 0.0, "scaling_factor"_a = 1.0, "num_groups"_a = 1, "topk_groups"_a = 1,
+      "group_score"_a = "max",
+      "What router_logits, route and dispatch return, in one call: (logits, topk_weights, topk_ids, scores, slot_index, "
+      "token_slot, expert_offsets, tokens_per_expert).");
   def("gather", &gather, "hidden_states"_a, "slot_index"_a, "token_slot"_a, "expert_offsets"_a,
       "hidden_states [T, H] -> rows [T*K, H] in expert order; rows of no slot are zero.");
   def(

@@ -53,6 +53,24 @@ def dispatch(
     drop_policy: str = "position",
     padding_mask: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]: ...
+def route_and_dispatch(
+    hidden_states: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    top_k: int,
+    *,
+    expert_bias: torch.Tensor | None = None,
+    score_function: str = "softmax",
+    scores_after_topk: bool = False,
+    renormalize: bool = True,
+    renormalize_epsilon: float = 0.0,
+    scaling_factor: float = 1.0,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+) -> tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor
+]: ...
 def gather(
     hidden_states: torch.Tensor, slot_index: torch.Tensor, token_slot: torch.Tensor, expert_offsets: torch.Tensor
 ) -> torch.Tensor: ...

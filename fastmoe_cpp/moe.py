@@ -73,7 +73,7 @@ class MoE(nn.Module):
         if wanted and self.training and torch.is_grad_enabled():
             aux_loss = self._losses(hidden_states, routing, plan, mask)[2]
             output = losses.add_gradient(output, aux_loss, self.aux_loss_scale)
-        return output.reshape(hidden_states.shape)
+        return output if hidden_states.dim() == 2 else output.reshape(hidden_states.shape)
 
     def forward_with_routing(
         self, hidden_states: Tensor, padding_mask: Tensor | None = None, *, topk_ids: Tensor | None = None
@@ -112,34 +112,17 @@ class MoE(nn.Module):
         if padding_mask is not None:
             check_padding_mask(padding_mask, hidden_states)
             padding_mask = padding_mask.reshape(-1)
-        return hidden_states.reshape(-1, hidden_size), padding_mask
+        x = hidden_states if hidden_states.dim() == 2 else hidden_states.reshape(-1, hidden_size)
+        return x, padding_mask
 
     def _run(
         self, x: Tensor, padding_mask: Tensor | None, topk_ids: Tensor | None
     ) -> tuple[Tensor, RouterOutput, DispatchPlan]:
-        c = self.config
         dtype = x.dtype
-        if c.router.jitter_experts:
+        if self.config.router.jitter_experts:
             x = self.router.jitter(x)
-        routing = self.router(x, topk_ids, jitter=not c.router.jitter_experts)
-        capacity = c.capacity(x.shape[0], self.training)
-        if capacity is not None and torch.jit.is_tracing():
-            warnings.warn(
-                f"torch.jit.trace makes the capacity of {x.shape[0]} tokens a constant: with another number of tokens "
-                "the traced layer drops others than the layer does (torch.export does not)",
-                torch.jit.TracerWarning,
-                stacklevel=2,
-            )
-        # float64 routing of narrower experts
-        weights = routing.topk_weights.to(torch.float64 if dtype == torch.float64 else torch.float32)
-        plan = ops.dispatch(
-            routing.topk_ids,
-            c.num_experts,
-            topk_weights=weights.detach() if c.drop_policy == "probs" else None,
-            capacity=capacity,
-            drop_policy=c.drop_policy,
-            padding_mask=padding_mask,
-        )
+        routing, plan = self._route(x, padding_mask, topk_ids)
+        weights = _weights_for(routing, dtype)
         if self.training and self.router.tokens_per_expert is not None:
             ops.accumulate_load(self.router.tokens_per_expert, plan.tokens_per_expert)
         if self.load is not None:
@@ -150,7 +133,34 @@ class MoE(nn.Module):
                 output = output + self.shared_experts(x)
         else:
             output = self.experts(x, weights, plan, self.shared_experts)
-        return output.to(dtype), routing, plan
+        return output if output.dtype == dtype else output.to(dtype), routing, plan
+
+    def _route(
+        self, x: Tensor, padding_mask: Tensor | None, topk_ids: Tensor | None
+    ) -> tuple[RouterOutput, DispatchPlan]:
+        c = self.config
+        capacity = c.capacity(x.shape[0], self.training)
+        plain = padding_mask is None and topk_ids is None and capacity is None
+        if plain and type(self.router) is Router and self.router.is_plain():
+            return self.router.route_and_dispatch(x)
+        routing = self.router(x, topk_ids, jitter=not c.router.jitter_experts)
+        if capacity is not None and torch.jit.is_tracing():
+            warnings.warn(
+                f"torch.jit.trace makes the capacity of {x.shape[0]} tokens a constant: with another number of tokens "
+                "the traced layer drops others than the layer does (torch.export does not)",
+                torch.jit.TracerWarning,
+                stacklevel=2,
+            )
+        by_weight = c.drop_policy == "probs"
+        plan = ops.dispatch(
+            routing.topk_ids,
+            c.num_experts,
+            topk_weights=_weights_for(routing, x.dtype).detach() if by_weight else None,
+            capacity=capacity,
+            drop_policy=c.drop_policy,
+            padding_mask=padding_mask,
+        )
+        return routing, plan
 
     def _losses(
         self, hidden_states: Tensor, routing: RouterOutput, plan: DispatchPlan, padding_mask: Tensor | None
@@ -202,3 +212,9 @@ class MoE(nn.Module):
     def load_hf_block(self, block: nn.Module) -> None:
         """Copies the weights of a transformers (version 5) MoE block; ValueError where names or shapes differ."""
         hosts.load_block(self, block)
+
+
+def _weights_for(routing: RouterOutput, dtype: torch.dtype) -> Tensor:
+    """The routing weights as experts of dtype take them: float64 routing may choose among narrower experts."""
+    wanted = torch.float64 if dtype == torch.float64 else torch.float32
+    return routing.topk_weights if routing.topk_weights.dtype == wanted else routing.topk_weights.to(wanted)

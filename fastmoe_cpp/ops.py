@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _extension
-from .outputs import DispatchPlan
+from .outputs import DispatchPlan, RouterOutput
 
 _extension.require()
 _ops = torch.ops.fastmoe_cpp
@@ -27,6 +27,7 @@ def _defaults(operator: str) -> dict[str, Any]:
 
 
 _ROUTE, _DISPATCH, _EXPERTS = (_defaults(name) for name in ("route", "dispatch", "experts"))
+_ROUTE_AND_DISPATCH = _defaults("route_and_dispatch")
 
 
 def _changed(defaults: dict[str, Any], /, **options: Any) -> dict[str, Any]:
@@ -114,6 +115,48 @@ def dispatch(
             ),
         )
     )
+
+
+def route_and_dispatch(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    top_k: int,
+    *,
+    expert_bias: Tensor | None = None,
+    score_function: str = "softmax",
+    scores_after_topk: bool = False,
+    renormalize: bool = True,
+    renormalize_epsilon: float = 0.0,
+    scaling_factor: float = 1.0,
+    num_groups: int = 1,
+    topk_groups: int = 1,
+    group_score: str = "max",
+) -> tuple[RouterOutput, DispatchPlan]:
+    """router_logits, route and dispatch (without capacity or padding) in one call, with the gradients of the three.
+
+    hidden_states [T, H], weight [E, H], bias [E] and the options are theirs, and so are the results, to the bit.
+    Without gradients, of at most 8 tokens and 64 pairs, it is one launch on compute capability 9.0 or newer.
+    """
+    out = _ops.route_and_dispatch(
+        hidden_states,
+        weight,
+        bias,
+        top_k,
+        **_changed(
+            _ROUTE_AND_DISPATCH,
+            expert_bias=expert_bias,
+            score_function=score_function,
+            scores_after_topk=scores_after_topk,
+            renormalize=renormalize,
+            renormalize_epsilon=renormalize_epsilon,
+            scaling_factor=scaling_factor,
+            num_groups=num_groups,
+            topk_groups=topk_groups,
+            group_score=group_score,
+        ),
+    )
+    return RouterOutput(*out[:4]), DispatchPlan(*out[4:])
 
 
 def gather(hidden_states: Tensor, plan: DispatchPlan) -> Tensor:

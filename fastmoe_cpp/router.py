@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module
 
 from . import ops
 from .config import MoEConfig
 from .groups import sum_over_ranks
-from .outputs import RouterOutput
+from .outputs import DispatchPlan, RouterOutput
 
 
 class Router(nn.Module):
@@ -79,21 +82,40 @@ class Router(nn.Module):
         if c.sinkhorn and self.training and topk_ids is None:
             selection = ops.sinkhorn(logits, c.sinkhorn_iterations, c.sinkhorn_tolerance)
         weights, ids, scores = ops.route(
-            logits,
-            self.config.top_k,
-            expert_bias=self.expert_bias,
-            selection_scores=selection,
-            topk_ids=topk_ids,
-            score_function=c.score_function,
-            scores_after_topk=c.scores_after_topk,
-            renormalize=c.renormalize,
-            renormalize_epsilon=c.renormalize_epsilon,
-            scaling_factor=c.scaling_factor,
-            num_groups=c.num_groups,
-            topk_groups=c.topk_groups,
-            group_score=c.group_score,
+            logits, self.config.top_k, selection_scores=selection, topk_ids=topk_ids, **self._choice()
         )
         return RouterOutput(logits, weights, ids, scores)
+
+    def _choice(self) -> dict[str, Any]:
+        c = self.config.router
+        return {
+            "expert_bias": self.expert_bias,
+            "score_function": c.score_function,
+            "scores_after_topk": c.scores_after_topk,
+            "renormalize": c.renormalize,
+            "renormalize_epsilon": c.renormalize_epsilon,
+            "scaling_factor": c.scaling_factor,
+            "num_groups": c.num_groups,
+            "topk_groups": c.topk_groups,
+            "group_score": c.group_score,
+        }
+
+    def is_plain(self) -> bool:
+        """Whether a call now is no more than route_and_dispatch: no gradients, nothing random or rounded, no hooks."""
+        c = self.config.router
+        return (
+            not torch.is_grad_enabled()
+            and c.dtype == torch.float32
+            and not (self.training and (c.sinkhorn or c.jitter_eps))
+            and type(self.weight) is nn.Parameter
+            and not (self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__)
+            and not module._has_any_global_hook()
+            and not torch.compiler.is_compiling()
+        )
+
+    def route_and_dispatch(self, hidden_states: Tensor) -> tuple[RouterOutput, DispatchPlan]:
+        """forward of hidden_states [T, H] where it is_plain(), and the plan of its choice, by one operator."""
+        return ops.route_and_dispatch(hidden_states, self.weight, self.bias, self.config.top_k, **self._choice())
 
     @torch.no_grad()
     def update_expert_bias(self, group: torch.distributed.ProcessGroup | None = None) -> None:

@@ -64,6 +64,15 @@ def crowded(dtype: torch.dtype) -> None:
     assert torch.isfinite(out).all()
 
 
+def decoding(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    T, H, _, E, K = sizes
+    x = torch.randn(min(T, 8), H, device="cuda", dtype=dtype)
+    for weight_dtype in {dtype, torch.float32}:
+        weight, bias = (torch.randn(E, *shape, device="cuda", dtype=weight_dtype) for shape in ((H,), ()))
+        logits = ops.route_and_dispatch(x, weight, bias, K, score_function="sigmoid")[0]
+        assert torch.equal(logits, ops.router_logits(x, weight, bias)) and torch.isfinite(logits).all()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="bf16 and fp32 alone, for the slower tools")
@@ -71,6 +80,7 @@ def main() -> None:
     dtypes = [torch.bfloat16, torch.float32] + ([] if args.quick else [torch.float16, torch.float64])
     for sizes, dtype in itertools.product(SIZES, dtypes):
         stages(sizes, dtype)
+        decoding(sizes, dtype)
         layer(sizes, dtype, "swiglu")
         layer(sizes, dtype, "clamped_swiglu", bias=True, interleaved=True)
         layer(sizes, dtype, "gelu", bias=True, weight_on_input=True)

@@ -6,6 +6,7 @@
 #include <numeric>
 
 #include "../ops/checks.h"
+#include "../ops/dispatch.h"
 #include "combine.h"
 #include "memory.h"
 #include "parallel.h"
@@ -163,6 +164,7 @@ Tensor gather_backward(const Tensor& grad_rows, const Tensor& token_slot_) {
 TORCH_LIBRARY_IMPL(fastmoe_cpp, CPU, m) {
   using namespace fastmoe_cpp::cpu;
   m.impl("dispatch", dispatch);
+  m.impl("route_and_dispatch", fastmoe_cpp::route_then_dispatch);
   m.impl("gather", gather);
   m.impl("gather_backward", gather_backward);
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "device.cuh"
+#include "hopper_launch.cuh"
 
 namespace fastmoe_cpp::cuda {
 namespace {
@@ -41,6 +42,7 @@ struct Picks {
 template <typename T, int V, int U>
 __global__ void __launch_bounds__(kThreads, 3) combine_kernel(const CombineParams p) {
   using A = Acc<T>;
+  wait_for_previous_kernel();
   const int64_t t = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   if (t >= p.tokens) return;
   const T* rows = static_cast<const T*>(p.rows);
@@ -182,7 +184,7 @@ cudaError_t combine(const CombineParams& p, cudaStream_t stream) {
     return with_width<T>(p.hidden, {p.rows, p.out}, [&](auto width) {
       return with_unroll<width()>(p.top_k, [&](auto unroll) {
         const dim3 block = row_block(p.hidden / width());
-        return launch(combine_kernel<T, width(), unroll()>, ceil_div(p.tokens, block.y), block, 0, stream, p);
+        return launch_waiting<combine_kernel<T, width(), unroll()>>(ceil_div(p.tokens, block.y), block, 0, stream, p);
       });
     });
   });

@@ -40,6 +40,36 @@ struct RouteParams {
 };
 cudaError_t route(const RouteParams&, cudaStream_t);
 
+// Logits of a few tokens in float32: hidden_states @ weight.T + bias. A token's do not depend on the others'.
+struct FewLogitsParams {
+  DType hidden_type, weight_type;
+  int64_t tokens, hidden;
+  int experts;
+  const void* hidden_states;  // [T, H]
+  const void* weight;         // [E, H]
+  const float* bias;          // [E], or null
+  float* logits;              // [T, E]
+};
+inline constexpr int kMaxFewTokens = 8, kMaxFewPairs = 64;
+// Whether logits_of_few takes it on the current device: at most kMaxFewTokens, both of one type below 64 bits or a float32
+// weight, H a multiple of 8, rows on 16 bytes, compute capability 9.0 or newer.
+cudaError_t takes_logits_of_few(const FewLogitsParams&, bool* taken);
+cudaError_t logits_of_few(const FewLogitsParams&, cudaStream_t);
+
+// One launch of one cluster of blocks: the logits of a few tokens, to the bit, then their choice, and the plan of a
+// dispatch without capacity or padding (dispatch.h).
+struct RouteFewParams {
+  FewLogitsParams logits;
+  RouteParams route;           // of those logits; selects by itself: no selection_scores, no replay_ids
+  int32_t* slot_index;         // [T * K]
+  int32_t* token_slot;         // [T, K]
+  int32_t* expert_offsets;     // [E + 1]
+  int64_t* tokens_per_expert;  // [E]
+};
+// Where logits_of_few takes the logits, and the pairs are at most kMaxFewPairs.
+cudaError_t takes_route_few(const RouteFewParams&, bool* taken);
+cudaError_t route_few(const RouteFewParams&, cudaStream_t);
+
 struct RouteBackwardParams {
   DType dtype;
   int64_t tokens;

@@ -2,6 +2,7 @@
 #include <torch/library.h>
 
 #include "../ops/checks.h"
+#include "../ops/dispatch.h"
 
 namespace fastmoe_cpp::meta {
 namespace {
@@ -34,6 +35,7 @@ Tensor gather_backward(const Tensor& grad_rows, const Tensor& token_slot) {
 TORCH_LIBRARY_IMPL(fastmoe_cpp, Meta, m) {
   using namespace fastmoe_cpp::meta;
   m.impl("dispatch", dispatch);
+  m.impl("route_and_dispatch", fastmoe_cpp::route_then_dispatch);
   m.impl("gather", gather);
   m.impl("gather_backward", gather_backward);
 }

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "checking.h"
+#include "router.h"
 #include "typed_call.h"
 
 namespace fastmoe_cpp {
@@ -74,6 +75,30 @@ Tensor gather(const Tensor& hidden_states, const Tensor& slot_index, const Tenso
 
 Tensor gather_backward(const Tensor& grad_rows, const Tensor& token_slot) {
   return FASTMOE_OP(gather_backward).call(grad_rows, token_slot);
+}
+
+RoutedTokens route_and_dispatch(const Tensor& hidden_states, const Tensor& weight, const OptionalTensor& bias,
+                                int64_t top_k, const OptionalTensor& expert_bias, std::string_view score_function,
+                                bool scores_after_topk, bool renormalize, double renormalize_epsilon,
+                                double scaling_factor, int64_t num_groups, int64_t topk_groups,
+                                std::string_view group_score) {
+  return FASTMOE_OP(route_and_dispatch)
+      .call(hidden_states, weight, bias, top_k, expert_bias, score_function, scores_after_topk, renormalize,
+            renormalize_epsilon, scaling_factor, num_groups, topk_groups, group_score);
+}
+
+RoutedTokens route_then_dispatch(const Tensor& hidden_states, const Tensor& weight, const OptionalTensor& bias,
+                                 int64_t top_k, const OptionalTensor& expert_bias, std::string_view score_function,
+                                 bool scores_after_topk, bool renormalize, double renormalize_epsilon,
+                                 double scaling_factor, int64_t num_groups, int64_t topk_groups,
+                                 std::string_view group_score) {
+  Tensor logits = router_logits(hidden_states, weight, bias);
+  auto [weights, ids, scores] =
+      route(logits, top_k, expert_bias, std::nullopt, std::nullopt, score_function, scores_after_topk, renormalize,
+            renormalize_epsilon, scaling_factor, num_groups, topk_groups, group_score);
+  auto [slot_index, token_slot, offsets, counts] =
+      dispatch(ids, weight.size(0), std::nullopt, std::nullopt, "position", std::nullopt);
+  return {logits, weights, ids, scores, slot_index, token_slot, offsets, counts};
 }
 
 }  // namespace fastmoe_cpp

@@ -25,4 +25,25 @@ at::Tensor gather(const at::Tensor& hidden_states, const at::Tensor& slot_index,
                   const at::Tensor& expert_offsets);
 at::Tensor gather_backward(const at::Tensor& grad_rows, const at::Tensor& token_slot);
 
+// (logits, topk_weights, topk_ids, scores) as router_logits and route return them, then (slot_index, token_slot,
+// expert_offsets, tokens_per_expert) as dispatch does without capacity or padding.
+using RoutedTokens =
+    std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// The three operators in one, with their gradients; of a few tokens without gradients one launch on a GPU.
+RoutedTokens route_and_dispatch(const at::Tensor& hidden_states, const at::Tensor& weight,
+                                const std::optional<at::Tensor>& bias, int64_t top_k,
+                                const std::optional<at::Tensor>& expert_bias = std::nullopt,
+                                std::string_view score_function = "softmax", bool scores_after_topk = false,
+                                bool renormalize = true, double renormalize_epsilon = 0.0, double scaling_factor = 1.0,
+                                int64_t num_groups = 1, int64_t topk_groups = 1, std::string_view group_score = "max");
+
+// The same by calling the three.
+RoutedTokens route_then_dispatch(const at::Tensor& hidden_states, const at::Tensor& weight,
+                                 const std::optional<at::Tensor>& bias, int64_t top_k,
+                                 const std::optional<at::Tensor>& expert_bias, std::string_view score_function,
+                                 bool scores_after_topk, bool renormalize, double renormalize_epsilon,
+                                 double scaling_factor, int64_t num_groups, int64_t topk_groups,
+                                 std::string_view group_score);
+
 }  // namespace fastmoe_cpp

@@ -256,6 +256,13 @@ MUTANTS = (
         "          row_scale[t] = A(1) / (A(experts) *",
         f"{ROUTER} -k sinkhorn",
     ),
+    Mutant(
+        "a_patched_router_is_passed_by",
+        "fastmoe_cpp/router.py",
+        '            and not (self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__)',
+        "            and not (self._forward_hooks or self._forward_pre_hooks)",
+        "tests/modules/test_decoding.py",
+    ),
     # dispatch and combine
     Mutant(
         "capacity_off_by_one",
@@ -461,8 +468,8 @@ MUTANTS = (
     Mutant(
         "padding_mask_forgotten_by_the_layer",
         "fastmoe_cpp/moe.py",
-        "            padding_mask=padding_mask,\n        )\n        if self.training",
-        "            padding_mask=None,\n        )\n        if self.training",
+        "            padding_mask=padding_mask,\n        )\n        return routing, plan",
+        "            padding_mask=None,\n        )\n        return routing, plan",
         "tests/regressions/test_empty_skewed_odd.py -k padding",
     ),
     Mutant(

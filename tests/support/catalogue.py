@@ -115,6 +115,16 @@ def _(s):
     ]
 
 
+@of("route_and_dispatch")
+def _(s):
+    x, w, b = s.new(s.tokens, s.hidden), s.new(s.experts, s.hidden), s.new(s.experts)
+    bias = s.new(s.experts, leaf=False)
+    return [
+        Call((x, w, b, s.top_k)),
+        Call((x, w, None, s.top_k), {"score_function": "sigmoid", "expert_bias": bias, "scaling_factor": 2.5}),
+    ]
+
+
 @of("gather")
 def _(s):
     x = s.new(s.tokens, s.hidden)

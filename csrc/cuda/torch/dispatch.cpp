@@ -16,7 +16,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch_op(const Tensor& topk_ids, i
                                                        const OptionalTensor& padding_mask) {
   check_dispatch(topk_ids, num_experts, topk_weights, capacity, drop_policy, padding_mask);
   const c10::cuda::CUDAGuard guard(topk_ids.device());
-  const auto options = topk_ids.options().dtype(at::kInt);
+  const auto new_ints = [&](at::IntArrayRef sizes) { return empty(sizes, at::kInt, topk_ids.device()); };
   const int64_t pairs = topk_ids.numel();
   int64_t blocks = 1;
   C10_CUDA_CHECK(dispatch_blocks(pairs, &blocks));
@@ -24,10 +24,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dispatch_op(const Tensor& topk_ids, i
   const Tensor ids = topk_ids.contiguous(), mask = contiguous_as(padding_mask, at::kBool);
   const Tensor weights =
       by_weight ? contiguous_as(topk_weights, accumulate_type(topk_weights->scalar_type())) : Tensor();
-  const Tensor slot_index = at::empty({pairs}, options), token_slot = at::empty(ids.sizes(), options);
-  const Tensor offsets = at::empty({num_experts + 1}, options);
-  const Tensor tokens_per_expert = at::empty({num_experts}, options.dtype(at::kLong));
-  const auto temporary = [&](bool wanted, int64_t size) { return wanted ? at::empty({size}, options) : Tensor(); };
+  const Tensor slot_index = new_ints({pairs}), token_slot = new_ints(ids.sizes()),
+               offsets = new_ints({num_experts + 1});
+  const Tensor tokens_per_expert = empty({num_experts}, at::kLong, topk_ids.device());
+  const auto temporary = [&](bool wanted, int64_t size) { return wanted ? new_ints({size}) : Tensor(); };
   const auto pointer = [](const Tensor& t) { return t.defined() ? t.mutable_data_ptr<int32_t>() : nullptr; };
   const Tensor block_counts = temporary(blocks > 1, blocks * num_experts);
   const Tensor pairs_by_expert = temporary(by_weight, pairs), uncapped = temporary(by_weight, num_experts + 1);

@@ -116,7 +116,9 @@ struct Operands {
 
   bool takes_gemv() const { return choose_gemv(shape, capability(), aligned(), wished_path()).taken; }
 
-  Tensor slot_rows(int64_t columns) const { return at::empty({shape.slots(), columns}, hidden.options()); }
+  Tensor slot_rows(int64_t columns) const {
+    return empty({shape.slots(), columns}, hidden.scalar_type(), hidden.device());
+  }
 
  private:
   static int capability() {
@@ -155,8 +157,9 @@ std::tuple<Tensor, Tensor> experts_forward_op(const Tensor& hidden_states, const
                    weight_on_input);
   const bool few = o.takes_gemv();
   const Launches& run = o.launches();
-  Tensor pre = keep_pre_activation ? o.slot_rows(o.shape.up_rows()) : at::empty({0}, hidden_states.options());
-  Tensor out = at::empty({o.shape.tokens, o.shape.hidden}, hidden_states.options());
+  const at::ScalarType type = o.hidden.scalar_type();
+  Tensor pre = keep_pre_activation ? o.slot_rows(o.shape.up_rows()) : empty({0}, type, o.hidden.device());
+  Tensor out = empty(o.hidden.sizes(), type, o.hidden.device());
   if (o.shape.tokens == 0) return {out, pre};
   if (o.shape.slots() == 0) return {out.zero_(), pre};
   const Tensor rows = o.slot_rows(o.shape.hidden);

@@ -1,6 +1,7 @@
 // What every torch half shares: torch's types in the launches' terms.
 #pragma once
 #include <ATen/core/Tensor.h>
+#include <ATen/cuda/EmptyTensor.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -24,6 +25,11 @@ inline DType dtype_of(const Tensor& t) {
 inline Tensor contiguous_as(const Tensor& t, at::ScalarType type) { return t.defined() ? t.to(type).contiguous() : t; }
 inline Tensor contiguous_as(const OptionalTensor& t, at::ScalarType type) {
   return has(t) ? contiguous_as(*t, type) : Tensor();
+}
+
+// at::empty without the dispatcher, whose steps take longer than a kernel of a decoding pass does to start.
+inline Tensor empty(at::IntArrayRef sizes, at::ScalarType type, at::Device device) {
+  return Tensor(at::detail::empty_cuda(sizes, type, device, std::nullopt));
 }
 
 // What kernels ask of memory that they read or write by 16 bytes; undefined is nowhere.

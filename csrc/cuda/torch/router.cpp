@@ -4,6 +4,7 @@
 #include <torch/library.h>
 
 #include "launch.h"
+#include "router_params.h"
 
 namespace fastmoe_cpp::cuda {
 namespace {
@@ -47,6 +48,17 @@ Tensor router_logits_op(const Tensor& hidden_states, const Tensor& weight, const
   const auto type = logits_type(hidden_states, weight), x_type = hidden_states.scalar_type();
   const int64_t tokens = hidden_states.size(0), hidden = hidden_states.size(1), experts = weight.size(0);
   Tensor logits;
+  if (tokens <= kMaxFewTokens && type == at::kFloat) {
+    const Tensor x = hidden_states.contiguous(), w = weight.contiguous(), b = contiguous_as(bias, at::kFloat);
+    logits = empty({tokens, experts}, at::kFloat, x.device());
+    const FewLogitsParams p = few_logits(x, w, b, logits);
+    bool taken;
+    C10_CUDA_CHECK(takes_logits_of_few(p, &taken));
+    if (taken) {
+      C10_CUDA_CHECK(logits_of_few(p, c10::cuda::getCurrentCUDAStream()));
+      return logits;
+    }
+  }
   if (x_type == weight.scalar_type()) {
     logits = product(hidden_states, weight.t(), type);
   } else if (x_type == at::kBFloat16 && type == at::kFloat) {
@@ -93,15 +105,6 @@ std::tuple<Tensor, Tensor, Tensor> router_logits_backward_op(const Tensor& grad_
 
 // --- routing ---
 
-Weighting weighting(std::string_view score_function, bool scores_after_topk, bool renormalize,
-                    double renormalize_epsilon, double scaling_factor) {
-  return {static_cast<Score>(parse_score_function(score_function)), scores_after_topk, renormalize, renormalize_epsilon,
-          scaling_factor};
-}
-static_assert(static_cast<int>(Score::sigmoid) == static_cast<int>(ScoreFunction::Sigmoid) &&
-              static_cast<int>(Score::sqrt_softplus) == static_cast<int>(ScoreFunction::SqrtSoftplus) &&
-              static_cast<int>(GroupRank::top2_sum) == static_cast<int>(GroupScore::Top2Sum));
-
 std::tuple<Tensor, Tensor, Tensor> route_op(const Tensor& logits, int64_t top_k, const OptionalTensor& expert_bias,
                                             const OptionalTensor& selection_scores, const OptionalTensor& topk_ids,
                                             std::string_view score_function, bool scores_after_topk, bool renormalize,
@@ -111,12 +114,10 @@ std::tuple<Tensor, Tensor, Tensor> route_op(const Tensor& logits, int64_t top_k,
               scaling_factor, num_groups, topk_groups, group_score);
   const c10::cuda::CUDAGuard guard(logits.device());
   const auto acc = accumulate_type(logits.scalar_type());
-  const auto options = logits.options().dtype(acc);
   const Tensor l = logits.contiguous(), bias = contiguous_as(expert_bias, acc);
   const Tensor selection = contiguous_as(selection_scores, acc), replay = contiguous_as(topk_ids, at::kLong);
-  const Tensor weights = at::empty({l.size(0), top_k}, options);
-  const Tensor ids = at::empty({l.size(0), top_k}, options.dtype(at::kLong));
-  const Tensor scores = at::empty(l.sizes(), options);
+  const Tensor weights = empty({l.size(0), top_k}, acc, l.device());
+  const Tensor ids = empty({l.size(0), top_k}, at::kLong, l.device()), scores = empty(l.sizes(), acc, l.device());
   RouteParams p{};
   p.dtype = dtype_of(l);
   p.tokens = l.size(0);

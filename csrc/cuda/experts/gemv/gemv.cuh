@@ -4,22 +4,11 @@
 #include <array>
 #include <atomic>
 
+#include "../../hopper_launch.cuh"
 #include "epilogue.cuh"
 #include "stream.cuh"
 
 namespace fastmoe_cpp::cuda::gemv {
-
-// Programmatic dependent launch; without effect before compute capability 9.0, where no launch asks for it.
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void launch_next_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 __device__ __forceinline__ uint32_t word(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
@@ -109,6 +98,7 @@ __global__ void __launch_bounds__(kThreads, kResident) multiply_rows(const __gri
 #pragma unroll 1
   for (int i = 0; i < Traits::kSteps - 1; ++i) stream.copy();
   if (!Traits::kUp && args.reads_ahead) wait_for_previous_kernel();
+  if constexpr (!Traits::kUp) launch_next_kernel();
 
   const T* const x = static_cast<const T*>(args.rows);
   for (int item = Items<Traits>::first(); item < items.total; item += Items<Traits>::step()) {
@@ -165,18 +155,17 @@ cudaError_t facts_of_device(Facts* facts) {
   int both = device < static_cast<int>(known.size()) ? known[device].load() : 0;
   if (both == 0) {
     int multiprocessors, fitting;
-    cudaFuncAttributes attributes;
+    bool programmatic;
     FASTMOE_RETURN_IF_ERROR(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes(kMaxListed)));
     // up and down run beside each other only with the same division of L1.
     FASTMOE_RETURN_IF_ERROR(
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
-    FASTMOE_RETURN_IF_ERROR(cudaFuncGetAttributes(&attributes, kernel));
+    FASTMOE_RETURN_IF_ERROR(is_hopper_code<multiply_rows<Traits>>(&programmatic));
     FASTMOE_RETURN_IF_ERROR(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
     FASTMOE_RETURN_IF_ERROR(
         cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, kernel, kThreads, shared_bytes(kMaxListed)));
-    // Code for 8.0 that a newer device runs has no griddepcontrol.
-    both = 2 * multiprocessors * std::clamp(fitting, 1, kResident) + (attributes.ptxVersion >= 90 ? 1 : 0);
+    both = 2 * multiprocessors * std::clamp(fitting, 1, kResident) + (programmatic ? 1 : 0);
     if (device < static_cast<int>(known.size())) known[device] = both;
   }
   *facts = {both / 2, both % 2 == 1};
@@ -191,9 +180,7 @@ cudaError_t launch(const ExpertShape& shape, Arguments args, cudaStream_t stream
   const int64_t listed = std::min<int64_t>(shape.experts, shape.slots());
   const int64_t items = listed * (Traits::kGated ? args.columns : args.columns / Traits::kRows);
   args.reads_ahead = args.reads_ahead && facts.programmatic;
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchAttribute attribute = programmatic_launch();
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(std::min<int64_t>(facts.blocks, ceil_div(items, kWarps))));
   config.blockDim = dim3(kThreads);
