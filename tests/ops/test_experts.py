@@ -39,6 +39,24 @@ def oracle_run(inputs, dtype, cotangent, interleaved, weight_on_input, activatio
     return out.detach(), dict(zip(names, oracle.grads(out, [cast[n] for n in names], cotangent.to(dtype)), strict=True))
 
 
+def eager_runs(inputs, dtype, cotangent, **options):
+    """What the oracle in a dtype returns; of few slots and a small I, with the sums over H in four orders.
+
+    Behind relu one of few hidden units may be all that is left of a token. Of one unit's gradient, whose H terms may
+    cancel, one order's error can be next to nothing by luck.
+    """
+    hidden, orders = cotangent.shape[1], torch.Generator().manual_seed(0)
+    dims = {"hidden_states": 1, "gate_up_proj": 2, "down_proj": 1, "down_bias": 1}
+    units = inputs["topk_ids"].numel() * inputs["down_proj"].shape[2]
+    for i in range(4 if units <= 256 else 1):
+        order = torch.randperm(hidden, generator=orders) if i else torch.arange(hidden)
+        order = order.to(cotangent.device)
+        back = order.argsort()
+        shuffled = {k: v.index_select(dims[k], order) if k in dims and v is not None else v for k, v in inputs.items()}
+        out, grads = oracle_run(shuffled, dtype, cotangent[:, order], **options)
+        yield out[:, back], {k: g.index_select(dims[k], back) if k in dims else g for k, g in grads.items()}
+
+
 def check(case, device):
     dtype, activation = case["dtype"], case["activation"]
     inputs = experts_inputs(
@@ -56,7 +74,7 @@ def check(case, device):
     names = [n for n in LEAVES if n in given]
     grads = dict(zip(names, torch.autograd.grad(out, [given[n] for n in names], cotangent), strict=True))
     truth, true_grads = oracle_run(inputs, torch.float64, cotangent, **options)
-    eager, eager_grads = oracle_run(inputs, dtype, cotangent, **options)
+    eager, eager_grads = zip(*eager_runs(inputs, dtype, cotangent, **options), strict=True)
     tolerance.close(out, truth, eager, what="output")
     # A NaN weight makes its token's row of the output NaN. How far it spreads backward within that token and its
     # experts is the activation's affair (0 * NaN behind a relu); nobody else may see it.
@@ -70,8 +88,9 @@ def check(case, device):
         assert grads[name].dtype == given[name].dtype
         clean = ~broken if name in ("hidden_states", "topk_weights") else ~reached
         tolerance.close(
-            grads[name][clean], true_grads[name][clean], eager_grads[name][clean], factor=tolerance.BACKWARD, of=dtype,
-            what=f"gradient of {name}", units=4, magnitude=product if name == "topk_weights" else 0.0,
+            grads[name][clean], true_grads[name][clean], [g[name][clean] for g in eager_grads],
+            factor=tolerance.BACKWARD, of=dtype, what=f"gradient of {name}", units=4,
+            magnitude=product if name == "topk_weights" else 0.0,
         )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ the truth's RMS. A test written with an absolute tolerance above that is itself 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -23,12 +25,13 @@ def rms(t: Tensor) -> float:
 
 
 def close(
-    actual: Tensor, truth: Tensor, eager: Tensor | None = None, *, factor: float = FORWARD, what: str = "result",
-    units: float = 2.0, magnitude: float = 0.0, of: torch.dtype | None = None,
+    actual: Tensor, truth: Tensor, eager: Tensor | Sequence[Tensor] | None = None, *, factor: float = FORWARD,
+    what: str = "result", units: float = 2.0, magnitude: float = 0.0, of: torch.dtype | None = None,
 ) -> None:  # fmt: skip
     """Asserts that actual is as near to truth as its dtype allows. Shapes and NaN must agree exactly.
 
-    eager is the same computation in actual's dtype by plain torch; None where rounding alone is allowed.
+    eager is the same computation in actual's dtype by plain torch, once or in several orders of its sums, of which the
+    worst counts; None where rounding alone is allowed.
     units is the number of units in the last place that rounding is worth. magnitude is the size of the terms where they
     cancel and the truth is the little or nothing that is left. of is the dtype of the arithmetic, where it is narrower
     than the result's.
@@ -57,8 +60,9 @@ def close(
     floor += units * unit * magnitude
     worst_eager = rms_eager = 0.0
     if eager is not None:
-        eager_error = (eager.detach().double()[keep.to(eager.device)].to(truth.device) - truth).abs()
-        worst_eager, rms_eager = float(eager_error.max()), rms(eager_error)
+        runs = [eager] if isinstance(eager, Tensor) else eager
+        errors = [(run.detach().double()[keep.to(run.device)].to(truth.device) - truth).abs() for run in runs]
+        worst_eager, rms_eager = max(float(e.max()) for e in errors), max(rms(e) for e in errors)
         assert rms_eager <= max(WORST_EAGER_RMS * scale, floor) or truth.numel() < FEW, (
             f"{what}: eager torch is off by {rms_eager / scale:.1%} of the RMS: this case can't tell right from wrong"
         )
