@@ -6,6 +6,9 @@ are not dropped. Expert e is local expert e % num_expert of process e // num_exp
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,7 +17,8 @@ from torch.autograd import Function
 from .. import ops, parallel
 from .utils import get_torch_default_comm, group_of
 
-_moe_group: dist.ProcessGroup | None = None
+# Not kept alive: its threads must end where the program destroys it, and not with the interpreter.
+_moe_group: Callable[[], dist.ProcessGroup | None] | None = None
 
 
 def ensure_comm(t: Tensor, comm: dist.ProcessGroup | None) -> None:
@@ -23,12 +27,13 @@ def ensure_comm(t: Tensor, comm: dist.ProcessGroup | None) -> None:
     FMoE does so before each pass, so layers of different groups can be mixed. t, a tensor, is not looked at.
     """
     global _moe_group
-    _moe_group = get_torch_default_comm() if comm is None else comm
+    group = get_torch_default_comm() if comm is None else comm
+    _moe_group = weakref.ref(group) if isinstance(group, dist.ProcessGroup) else lambda: group
 
 
 def get_moe_group() -> dist.ProcessGroup | None:
-    """The group of the last ensure_comm(), None before the first."""
-    return _moe_group
+    """The group of the last ensure_comm(), None before the first and once that group is gone."""
+    return None if _moe_group is None else _moe_group()
 
 
 def exchange_counts(counts: Tensor, world_size: int, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -38,13 +43,13 @@ def exchange_counts(counts: Tensor, world_size: int, group: dist.ProcessGroup | 
     """
     if world_size == 1:
         return counts
-    group = _moe_group if group is None else group
+    group = get_moe_group() if group is None else group
     return parallel.exchange_counts(counts, group_of(group, world_size, "moe_group"), operation="counts of tokens")
 
 
 def exchange_rows(rows: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup | None = None) -> Tensor:
     """Rows [sum(send), ...] in order of destination become [sum(receive), ...] in order of source; differentiable."""
-    group = _moe_group if group is None else group
+    group = get_moe_group() if group is None else group
     group = group_of(group, len(send), "moe_group")
     return parallel.all_to_all_rows(rows, send, receive, group, operation="exchange of tokens")
 

@@ -1,6 +1,8 @@
 """Two processes of three experts each are one process of six: ids, outputs, losses and every gradient."""
 
+import gc
 import math
+import weakref
 
 import fmoe_reference as reference
 import pytest
@@ -397,3 +399,20 @@ def test_slices_and_functions(of_two):
             "world_size must be the number of processes in moe_group, 1, got 2",
             "moe_group must be a ProcessGroup that this process is in",
         ]
+
+
+def a_group_destroyed(rank):
+    group = dist.new_group(range(W))
+    layer = FMoETransformerMLP(LOCAL, D, H, world_size=W, moe_group=group)
+    layer(torch.randn(5, D)).sum().backward()
+    found = functions.get_moe_group() is group
+    seen = weakref.ref(group)
+    dist.destroy_process_group(group)
+    del group, layer
+    gc.collect()
+    return found, seen() is None, functions.get_moe_group() is None
+
+
+def test_a_destroyed_group_is_not_kept_alive():
+    # its threads would go on, and end the process if it ended while one of them dropped a tensor
+    assert run_ranks(a_group_destroyed, W) == [(True, True, True)] * W
