@@ -87,6 +87,21 @@ RouterImpl::Output RouterImpl::forward(const at::Tensor& hidden_states, const st
   return {logits, weights, ids, scores};
 }
 
+bool RouterImpl::is_plain() const {
+  const auto& r = options.router();
+  return r.dtype() == torch::kFloat && !(r.sinkhorn() && is_training());
+}
+
+std::pair<RouterImpl::Output, RouterImpl::Plan> RouterImpl::route_and_dispatch(const at::Tensor& hidden_states) const {
+  const auto& r = options.router();
+  auto [logits, weights, ids, scores, slot_index, token_slot, expert_offsets, tokens_per_expert] =
+      fastmoe_cpp::route_and_dispatch(hidden_states, weight, optional(bias), options.top_k(), optional(expert_bias),
+                                      r.score_function(), r.scores_after_topk(), r.renormalize(),
+                                      r.renormalize_epsilon(), r.scaling_factor(), r.num_groups(), r.topk_groups(),
+                                      r.group_score());
+  return {{logits, weights, ids, scores}, {slot_index, token_slot, expert_offsets, tokens_per_expert}};
+}
+
 void RouterImpl::count(const at::Tensor& counts) {
   if (!expert_bias.defined() || !is_training()) return;
   tokens_per_expert = tokens_per_expert.defined() ? tokens_per_expert.to(counts.device()) + counts : counts.clone();
@@ -212,20 +227,31 @@ MoEImpl::Pass MoEImpl::run(const at::Tensor& hidden_states, const std::optional<
   }
   const auto routed = router->jitter(x);
   if (options.router().jitter_experts()) x = routed;
-  pass.routing = router->forward(routed, replayed);
+  choose(pass, routed, replayed, hidden_states.scalar_type());
+  router->count(pass.plan.tokens_per_expert);
   const auto weights = pass.routing.topk_weights.to(accumulate_type(hidden_states.scalar_type()));
-  const auto capacity = options.capacity(x.size(0), is_training());
-  auto [slot_index, token_slot, expert_offsets, tokens_per_expert] = dispatch(
-      pass.routing.topk_ids, options.num_experts(),
-      options.drop_policy() == "probs" ? std::optional(weights.detach()) : std::nullopt,
-      capacity ? std::optional<c10::SymInt>(*capacity) : std::nullopt, options.drop_policy(), pass.padding_mask);
-  router->count(tokens_per_expert);
-  pass.token_slot = token_slot;
-  pass.tokens_per_expert = tokens_per_expert;
-  pass.output = experts->forward(x, weights, slot_index, token_slot, expert_offsets);
+  pass.output = experts->forward(x, weights, pass.plan.slot_index, pass.plan.token_slot, pass.plan.expert_offsets);
   if (shared_experts) pass.output = pass.output + shared_experts->forward(x);
   pass.output = pass.output.to(hidden_states.scalar_type());
   return pass;
+}
+
+void MoEImpl::choose(Pass& pass, const at::Tensor& x, const std::optional<at::Tensor>& topk_ids, torch::Dtype type) {
+  const auto capacity = options.capacity(x.size(0), is_training());
+  const bool plain = !capacity && !pass.padding_mask && !topk_ids && router->is_plain();
+  // a router put in its place may know fewer experts
+  if (plain && router->weight.dim() == 2 && router->weight.size(0) == options.num_experts()) {
+    std::tie(pass.routing, pass.plan) = router->route_and_dispatch(x);
+    return;
+  }
+  pass.routing = router->forward(x, topk_ids);
+  const bool by_weight = options.drop_policy() == "probs";
+  const auto weights =
+      by_weight ? std::optional(pass.routing.topk_weights.detach().to(accumulate_type(type))) : std::nullopt;
+  std::tie(pass.plan.slot_index, pass.plan.token_slot, pass.plan.expert_offsets, pass.plan.tokens_per_expert) =
+      dispatch(pass.routing.topk_ids, options.num_experts(), weights,
+               capacity ? std::optional<c10::SymInt>(*capacity) : std::nullopt, options.drop_policy(),
+               pass.padding_mask);
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor> MoEImpl::losses(const Pass& pass) const {
@@ -266,8 +292,8 @@ MoEOutput MoEImpl::forward_with_routing(const at::Tensor& hidden_states, const s
           pass.routing.scores,
           pass.routing.topk_weights,
           pass.routing.topk_ids,
-          pass.tokens_per_expert,
-          pass.token_slot < 0,
+          pass.plan.tokens_per_expert,
+          pass.plan.token_slot < 0,
           balance,
           z,
           aux};

@@ -20,6 +20,7 @@
 
 #include <optional>
 #include <tuple>
+#include <utility>
 
 #include "options.h"
 
@@ -48,8 +49,15 @@ class RouterImpl : public torch::nn::Module {
   struct Output {
     torch::Tensor logits, topk_weights, topk_ids, scores;  // [T, E], [T, K], [T, K] int64, [T, E]
   };
+  struct Plan {
+    torch::Tensor slot_index, token_slot, expert_offsets, tokens_per_expert;  // as fastmoe_cpp::dispatch returns them
+  };
   // Given topk_ids [T, K] are replayed, with weights from the logits of now. Applies no jitter.
   Output forward(const torch::Tensor& hidden_states, const std::optional<torch::Tensor>& topk_ids = std::nullopt);
+  // Whether forward without ids to replay is router_logits and route alone, nothing chosen at random or rounded.
+  bool is_plain() const;
+  // Where it is: forward, and fastmoe_cpp::dispatch of its choice, by one operator.
+  std::pair<Output, Plan> route_and_dispatch(const torch::Tensor& hidden_states) const;
   torch::Tensor jitter(const torch::Tensor& hidden_states) const;
   void count(const torch::Tensor& tokens_per_expert);
   void update_expert_bias();
@@ -128,11 +136,13 @@ class MoEImpl : public torch::nn::Module {
   struct Pass {
     torch::Tensor output;  // [T, H]
     RouterImpl::Output routing;
-    torch::Tensor token_slot, tokens_per_expert;
+    RouterImpl::Plan plan;
     std::optional<torch::Tensor> padding_mask;  // [T]
   };
   Pass run(const torch::Tensor& hidden_states, const std::optional<torch::Tensor>& padding_mask,
            const std::optional<torch::Tensor>& topk_ids);
+  // Sets pass.routing and pass.plan: x [T, H] as the router sees it, type the layer's input's.
+  void choose(Pass& pass, const torch::Tensor& x, const std::optional<torch::Tensor>& topk_ids, torch::Dtype type);
   std::tuple<torch::Tensor, torch::Tensor, torch::Tensor> losses(const Pass& pass) const;
 };
 TORCH_MODULE(MoE);

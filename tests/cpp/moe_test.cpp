@@ -111,6 +111,37 @@ TEST(routing_is_returned_and_can_be_replayed) {
   CHECK(!torch::allclose(swapped.hidden_states, out.hidden_states));
 }
 
+TEST(a_pass_is_its_parts_whether_gradients_are_asked_for_or_not) {
+  const std::vector<RouterOptions> routers = {
+      RouterOptions(),
+      RouterOptions().bias(true).score_function("sigmoid").expert_bias(true).num_groups(3).topk_groups(2),
+      RouterOptions().scores_after_topk(true).renormalize(false).scaling_factor(2.5),
+      RouterOptions().renormalize_epsilon(0.5).num_groups(2).topk_groups(1).group_score("top2_sum"),
+      RouterOptions().dtype(torch::kBFloat16),
+      RouterOptions().sinkhorn(true).score_function("sigmoid").renormalize(false),
+  };
+  for (size_t i = 0; i < 2 * routers.size(); ++i) {
+    const auto type = i % 2 ? torch::kFloat : torch::kDouble;
+    auto layer = layer_of(MoEOptions(8, 10, 6).top_k(2).router(routers[i / 2]), i);
+    if (layer->router->expert_bias.defined()) layer->router->expert_bias.uniform_(-1.0, 1.0);
+    layer->to(type);
+    const auto x = torch::randn({11, 8}, type);
+    for (const bool gradients : {true, false}) {
+      const torch::AutoGradMode mode(gradients);
+      const auto routing = layer->router->forward(x);
+      const auto [slots, places, offsets, counts] = fastmoe_cpp::dispatch(routing.topk_ids, 6);
+      const auto out = layer->forward_with_routing(x);
+      CHECK(torch::equal(out.router_logits, routing.logits));
+      CHECK(torch::equal(out.router_scores, routing.scores));
+      CHECK(torch::equal(out.topk_ids, routing.topk_ids));
+      CHECK(torch::equal(out.topk_weights, routing.topk_weights));
+      CHECK(torch::equal(out.tokens_per_expert, counts));
+      CHECK(torch::equal(out.hidden_states, layer->experts->forward(x, routing.topk_weights, slots, places, offsets)));
+      CHECK_EQUAL(out.hidden_states.requires_grad(), gradients);
+    }
+  }
+}
+
 TEST(capacity_differs_in_training_and_evaluation) {
   auto layer = layer_of(MoEOptions(8, 8, 4).top_k(2).capacity_factor(0.5).eval_capacity_factor(0.0));
   const auto x = torch::randn({64, 8}, torch::kDouble);
