@@ -107,6 +107,8 @@ class MoE(nn.Module):
 
     def _flatten(self, hidden_states: Tensor, padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
         hidden_size = self.config.hidden_size
+        if hidden_states.layout is not torch.strided:
+            raise ValueError(f"hidden_states must be a dense tensor (torch.strided), got one of {hidden_states.layout}")
         if hidden_states.dim() < 1 or hidden_states.shape[-1] != hidden_size:
             raise ValueError(f"hidden_states must have shape [..., {hidden_size}], got {list(hidden_states.shape)}")
         if padding_mask is not None:
@@ -140,10 +142,12 @@ class MoE(nn.Module):
     ) -> tuple[RouterOutput, DispatchPlan]:
         c = self.config
         capacity = c.capacity(x.shape[0], self.training)
+        router = self.router
         plain = padding_mask is None and topk_ids is None and capacity is None
-        if plain and type(self.router) is Router and self.router.is_plain():
-            return self.router.route_and_dispatch(x)
-        routing = self.router(x, topk_ids, jitter=not c.router.jitter_experts)
+        # in this order: a size that is read while torch.jit traces stays in its graph
+        if plain and type(router) is Router and router.is_plain() and router.weight.shape[:1] == (c.num_experts,):
+            return router.route_and_dispatch(x)
+        routing = router(x, topk_ids, jitter=not c.router.jitter_experts)
         if capacity is not None and torch.jit.is_tracing():
             warnings.warn(
                 f"torch.jit.trace makes the capacity of {x.shape[0]} tokens a constant: with another number of tokens "

@@ -2,7 +2,8 @@
 
 A token whose two best scores are nearly equal may go to another expert when its router is computed again under other
 kernels; the recomputed tensors then have other contents, or other shapes where the layer is distributed. Keeping the
-routing costs 20 bytes a pair of token and expert and 8 a token and expert, and rules that out::
+routing costs 20 bytes a pair of token and expert and 8 a token and expert, and rules that out (of a layer under no_grad
+inside the checkpointed block the logits are kept too)::
 
     from functools import partial
     from torch.utils.checkpoint import checkpoint
@@ -28,6 +29,7 @@ ROUTING_OPS = frozenset(
         torch.ops.fastmoe_cpp.sinkhorn.default,
         torch.ops.fastmoe_cpp.route.default,
         torch.ops.fastmoe_cpp.dispatch.default,
+        torch.ops.fastmoe_cpp.route_and_dispatch.default,
     }
 )
 
