@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything about the tests that only a GPU tells. Builds nothing: the extension must be built with its CUDA half.
 #   tests/run_gpu.sh            the tests that are marked cuda or take the device fixture
-#   tests/run_gpu.sh sanitize   compute-sanitizer over tests/gpu_smoke.py: memcheck, synccheck, initcheck
+#   tests/run_gpu.sh sanitize   compute-sanitizer over tests/gpu_smoke.py: memcheck, synccheck, initcheck, racecheck
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
@@ -29,6 +29,10 @@ case "${1:-tests}" in
     echo "== initcheck: kernels that read what it saw nobody write"
     compute-sanitizer --tool initcheck --print-limit 1000000 "$python" tests/gpu_smoke.py --quick |
       sed -n 's/^=*  *at \(.*\)+0x.*/\1/p' | sort | uniq -c | cut -c1-200
+    # Shared memory alone. docs/kernels-races.md: what stands between writers and readers, and what is known to be right.
+    echo "== racecheck: what to look up there"
+    compute-sanitizer --tool racecheck --racecheck-report analysis --print-limit 1000000 "$python" tests/gpu_smoke.py --quick |
+      grep -a -e 'Race reported' -e 'SUMMARY' | cut -c1-300 | sort | uniq -c
     exit $status
     ;;
   *)
