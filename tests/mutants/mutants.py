@@ -16,6 +16,7 @@ class Mutant(NamedTuple):
 
 EXPERTS = "tests/ops/test_experts.py"
 ROUTER = "tests/ops/test_router.py"
+DECODING = "tests/modules/test_decoding.py"
 DISPATCH = "tests/ops/test_dispatch.py"
 COMBINE = "tests/ops/test_combine.py"
 LOSSES = "tests/ops/test_losses.py"
@@ -259,9 +260,23 @@ MUTANTS = (
     Mutant(
         "a_patched_router_is_passed_by",
         "fastmoe_cpp/router.py",
-        '            and not (self._forward_hooks or self._forward_pre_hooks or "forward" in self.__dict__)',
-        "            and not (self._forward_hooks or self._forward_pre_hooks)",
-        "tests/modules/test_decoding.py",
+        '            and not ("forward" in own or "jitter" in own)',
+        '            and "jitter" not in own',
+        DECODING,
+    ),
+    Mutant(
+        "a_patched_class_is_passed_by",
+        "fastmoe_cpp/router.py",
+        "            and (Router.__call__, Router.forward, Router.jitter) == _AS_WRITTEN\n",
+        "",
+        DECODING,
+    ),
+    Mutant(
+        "routing_without_gradients_is_not_saved",
+        "fastmoe_cpp/recompute.py",
+        "        torch.ops.fastmoe_cpp.route_and_dispatch.default,\n",
+        "",
+        DECODING,
     ),
     # dispatch and combine
     Mutant(
