@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
-import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,9 +55,8 @@ def check_gpu() -> None:
 class Stop:
     """Within it, Ctrl-C is a wish to end after this step, which `asked` tells; once more ends the program at once."""
 
-    def __init__(self, say: Callable[[str], object] | None = None) -> None:
-        # not to stdout, where the handler could find a line half written
-        self.say = say or (lambda words: print(words, file=sys.stderr, flush=True))
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.asked = False
 
     def __enter__(self) -> Stop:
@@ -71,7 +69,11 @@ class Stop:
     def _ask(self, *_: object) -> None:
         self.asked = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        self.say("stopping after this step (Ctrl-C again: at once, without saving)")
+        if not self.quiet:
+            # past Python's buffers, of which the handler may have interrupted one in the middle of a line
+            line = "stopping after this step (Ctrl-C again: at once, without saving)\n"
+            with contextlib.suppress(OSError):
+                os.write(2, (("\n" if os.isatty(2) else "") + line).encode())
 
     def asked_on_any_rank(self, device: torch.device) -> bool:
         """`asked` of any process: none may wait in a collective for one that has left."""

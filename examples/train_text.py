@@ -232,8 +232,7 @@ def train(training: Training, args: argparse.Namespace, log: Log) -> bool:
         disable=not (ranks.main and sys.stderr.isatty()),
         bar_format="{n_fmt}/{total_fmt} |{bar:20}| {elapsed}<{remaining} {postfix}", leave=False,
     )  # fmt: skip
-    # tqdm's own write keeps clear of the bar
-    with Stop(tqdm.write) as stop, bar:
+    with Stop(quiet=not ranks.main) as stop, bar:
         if training.done == 0:
             log.write(training.evaluate())
         while training.done < s.steps and training.done != args.stop_at:

@@ -109,7 +109,7 @@ def train(args: argparse.Namespace, rank: int, world_size: int) -> float:
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     recent: list[float] = []
     # what follows the steps is short, and saves: Ctrl-C leads there
-    with Stop(None if rank == 0 else lambda words: None) as stop:
+    with Stop(quiet=rank != 0) as stop:
         for step in range(1, args.steps + 1):
             loss = loss_of(parallel, batches.next().to(device))
             total = loss + args.balance * balance_loss(model)

@@ -296,7 +296,7 @@ def train(args: argparse.Namespace) -> None:
     say(f"experts of {args.experts_of} on {device}; a uniform guess has a loss of {math.log(VOCABULARY):.3f}")
     tokens, begun = 0, time.perf_counter()
     windows = iter(lambda: batches.next().to(device), None)
-    with Stop(say) as stop:
+    with Stop(quiet=dist.get_rank() != 0) as stop:
         for step in range(done + 1, args.steps + 1):
             model.zero_grad_buffer()
             losses = forward_backward(windows, model, args.micro_batches)

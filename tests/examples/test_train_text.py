@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 import text_data  # noqa: E402
 import text_model  # noqa: E402
 import text_picture  # noqa: E402
+import text_program  # noqa: E402
 import text_training  # noqa: E402
 import train_text  # noqa: E402
 
@@ -241,6 +242,21 @@ def test_ctrl_c_saves_after_the_step(folder, tmp_path, capsys, monkeypatch):
     assert "stopped at step 3 of 8; go on with --resume" in capsys.readouterr().out
     assert torch.load(tmp_path / "checkpoint.pt")["step"] == 3
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_is_answered_in_the_middle_of_a_line(capfd, monkeypatch):
+    class Busy:
+        def write(self, words):
+            raise RuntimeError("reentrant call inside a writer")
+
+    with monkeypatch.context() as patch, text_program.Stop() as stop:
+        patch.setattr(sys, "stdout", Busy())
+        patch.setattr(sys, "stderr", Busy())
+        os.kill(os.getpid(), signal.SIGINT)
+    with text_program.Stop(quiet=True) as quiet:
+        os.kill(os.getpid(), signal.SIGINT)
+    assert stop.asked and quiet.asked
+    assert capfd.readouterr() == ("", "stopping after this step (Ctrl-C again: at once, without saving)\n")
 
 
 def test_ctrl_c_twice_says_what_is_kept(folder, tmp_path, capsys, monkeypatch):
