@@ -260,7 +260,9 @@ def test_gradient_checkpointing_and_pickle(family):
     plain = grads()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for name, grad in grads().items():
-        assert torch.equal(plain[name], grad), name
+        # not to the bit: transformers 4 then attends without its cache, on some CPUs by other sums, as it does with
+        # blocks of its own
+        assert (grad - plain[name]).abs().max() <= 2e-6 * plain[name].abs().max(), name
     again = pickle.loads(pickle.dumps(model)).eval()
     model.eval()
     with torch.no_grad():
