@@ -18,7 +18,7 @@ SIZES = [  # T, H, I, E, K: aligned for the fast paths, then odd for the guarded
     (70, 64, 32, 4, 2),
     (257, 128, 192, 8, 3),
     (1, 64, 64, 16, 8),
-    (4, 520, 264, 5, 3),
+    (4, 520, 264, 8, 3),
     (33, 7, 9, 5, 2),
     (129, 40, 24, 257, 8),
     (0, 64, 64, 4, 2),
@@ -57,11 +57,12 @@ def stages(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
 def crowded(dtype: torch.dtype) -> None:
     """Few tokens that choose one expert again and again: more slots than a matrix-vector pass takes."""
     weight = [torch.randn(3, *shape, device="cuda", dtype=dtype) for shape in ((48, 264), (264, 24))]
-    x = torch.randn(4, 264, device="cuda", dtype=dtype)
-    ids = torch.tensor([[1] * 5, [1, 2] * 2 + [-1], [1] * 5, [2] * 5], device="cuda")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    out = ops.experts(x, *weight, torch.rand(4, 5, device="cuda", dtype=wide), *ops.dispatch(ids, 3)[:3])
-    assert torch.isfinite(out).all()
+    for chosen in ([[1] * 5, [1, 2] * 2 + [-1]], [[1] * 5 + [0, -1, 2]]):  # one token's rows are combined by down
+        ids = torch.tensor(chosen, device="cuda")
+        x = torch.randn(len(ids), 264, device="cuda", dtype=dtype)
+        out = ops.experts(x, *weight, torch.rand(*ids.shape, device="cuda", dtype=wide), *ops.dispatch(ids, 3)[:3])
+        assert torch.isfinite(out).all()
 
 
 def decoding(sizes: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -26,12 +26,28 @@ TEST(gemv_is_for_few_tokens) {
   for (int64_t tokens : {kMaxTokens + 1, int64_t{64}, int64_t{40960}}) CHECK(!is_taken(shape_of(tokens)));
 }
 
-TEST(gemv_is_for_few_products) {
-  // slots * H * I = 2^26
-  CHECK(is_taken(shape_of(4, 2048, 1024, 64, 8)));
-  CHECK(!is_taken(shape_of(4, 2048, 1032, 64, 8)));
-  CHECK(!is_taken(shape_of(1, 4096, 14336, 8, 2)));
+TEST(gemv_is_for_experts_with_few_tokens) {
+  // Mixtral's and DeepSeek-V3's layers
+  for (int64_t tokens : {1, 2, 3, 4}) CHECK(is_taken(shape_of(tokens, 4096, 14336, 8, 2)));
+  for (int64_t tokens : {1, 2, 3, 4}) CHECK(is_taken(shape_of(tokens, 7168, 2048, 256, 8)));
+  // 12 slots: at most 3 for 2 experts
+  CHECK(is_taken(shape_of(3, 64, 64, 8, 4)) && !is_taken(shape_of(3, 64, 64, 7, 4)));
+  CHECK(is_taken(shape_of(4, 64, 64, 8, 3)) && !is_taken(shape_of(4, 64, 64, 7, 3)));
+  for (int64_t tokens : {1, 2}) CHECK(is_taken(shape_of(tokens, 64, 64, 1, 1)) && is_taken(shape_of(tokens, 64, 64, 7, 7)));
   CHECK(!is_taken(shape_of(4, int64_t{1} << 40, int64_t{1} << 40, 64, 8)));
+}
+
+TEST(gemv_combines_one_token_whose_experts_share_a_block) {
+  for (int top_k : {1, 2, 4, 8}) CHECK(combines(shape_of(1, 2048, 768, 128, top_k)));
+  for (int top_k : {0, 3, 5, 6, 7, 9, 10, 16, 128}) CHECK(!combines(shape_of(1, 2048, 768, 128, top_k)));
+  for (int64_t tokens : {0, 2, 4}) CHECK(!combines(shape_of(tokens, 2048, 768, 128, 2)));
+  auto padded = shape_of(1);
+  padded.plan_slots += 8;
+  CHECK(!combines(padded));
+  CHECK(!combines(shape_of(1, 2044, 768)));
+  CHECK(explain(Product::down, shape_of(1), 132).find("combine") != std::string::npos);
+  CHECK(explain(Product::down, shape_of(2), 132).find("combine") == std::string::npos);
+  CHECK(explain(Product::up, shape_of(1), 132).find("combine") == std::string::npos);
 }
 
 TEST(gemv_needs_16_bits_and_sizes_that_are_multiples_of_8) {
@@ -57,7 +73,7 @@ TEST(gemv_takes_every_activation_and_number_of_experts) {
     CHECK(is_taken(shape));
   }
   for (int experts : {1, 2, 257, 1024})
-    for (int top_k : {1, experts}) CHECK(is_taken(shape_of(kMaxTokens, 64, 64, experts, top_k)));
+    for (int top_k : {1, experts}) CHECK(is_taken(shape_of(kMostlyAlone, 64, 64, experts, top_k)));
 }
 
 TEST(gemv_items_are_counted_in_an_int) {
@@ -75,9 +91,8 @@ TEST(gemv_follows_the_device_the_operands_and_the_wish) {
 
 TEST(gemv_choice_is_explained) {
   const std::string limit = std::to_string(kMaxTokens) + " tokens";
-  const std::string most = std::to_string(kMaxProducts) + " products (slots * H * I)";
-  CHECK(choose_gemv(shape_of(1), 90, true, "").reason == "at most " + limit + " and " + most);
-  CHECK(choose_gemv(shape_of(1, 1 << 13, 1 << 13, 8, 2), 90, true, "").reason == "more than " + most);
+  CHECK(choose_gemv(shape_of(1), 90, true, "").reason == "at most " + limit);
+  CHECK(choose_gemv(shape_of(4, 64, 64, 8, 8), 90, true, "").reason.find("3 slots for 2 experts") != std::string::npos);
   CHECK(choose_gemv(shape_of(kMaxTokens + 1), 90, true, "").reason == "more than " + limit);
   for (Product product : {Product::up, Product::down}) {
     const auto words = explain(product, shape_of(1), 132);

@@ -4,6 +4,10 @@ that change right before down reads them ahead of its turn."""
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
 from support import matrix, oracle, pairwise, tolerance
@@ -18,7 +22,13 @@ from .test_cuda_hopper import Load
 
 pytestmark = pytest.mark.cuda
 
-BUDGET = {"work": 3 * 2**26, "weights": 3e7, "rows": 1e7}  # work: what these kernels take
+BUDGET = {"work": 3 * 2**26, "weights": 3e7, "rows": 1e7}
+
+
+def is_taken(case) -> bool:
+    return matrix.affordable(BUDGET)(case) and (case["T"] <= 2 or 2 * case["T"] * matrix.top_k(case) <= 3 * case["E"])
+
+
 # Sizes are multiples of 8: below what a warp takes in a step (256), just past it, and many steps.
 CASES = pairwise.cover(
     {
@@ -28,10 +38,13 @@ CASES = pairwise.cover(
         "bias": ("none", "up", "down", "both"), "interleaved": (False, True), "weight_on_input": (False, True),
         "recompute": (False, True),
     },
-    matrix.affordable(BUDGET), seed=6, tries=2,
+    is_taken, seed=6, tries=2,
 )  # fmt: skip
-# T, H, I, E, K
-SIZES = [(1, 2048, 768, 128, 8), (4, 264, 136, 7, 3), (3, 24, 520, 60, 8), (2, 776, 8, 257, 2)]
+# T, H, I, E, K. One token's rows are combined by down where K is 1, 2, 4 or 8.
+SIZES = [
+    (1, 2048, 768, 128, 8), (4, 264, 136, 8, 3), (3, 24, 520, 60, 8), (2, 776, 8, 257, 2), (4, 4104, 72, 16, 4),
+    (2, 8, 264, 1, 1),
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -65,14 +78,16 @@ def test_against_oracle(case):
 @pytest.mark.parametrize("activation", ["swiglu", "clamped_swiglu", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_number_of_slots_an_expert(dtype, activation, weight_on_input):
-    """Replayed ids, the same one for several pairs of a token: expert e of 9 has e slots."""
-    order = torch.randperm(36, generator=torch.Generator().manual_seed(0))
-    ids = torch.repeat_interleave(torch.arange(9), torch.arange(9))[order].reshape(4, 9)
-    for hidden, inner in ((264, 136), (512, 776)):
-        inputs = experts_inputs(
-            4, hidden, inner, 9, 9, dtype=dtype, device="cuda", activation=activation, bias=True, seed=3
-        )
-        check(inputs | {"topk_ids": ids.cuda()}, dtype, activation=activation, weight_on_input=weight_on_input)
+    """Replayed ids, the same one for several pairs of a token: experts with none and with up to 8 slots."""
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(0))
+    ids = torch.repeat_interleave(torch.arange(5), torch.tensor([2, 8, 0, 3, 5]))[order].reshape(2, 9)
+    alone = torch.tensor([[3, 1, 3, 3, 0, 3, 3, 1]])  # combined by down, with warps that have no expert
+    for tokens, top_k, chosen in ((2, 9, ids), (1, 8, alone)):
+        for hidden, inner in ((264, 136), (512, 776)):
+            sizes = tokens, hidden, inner, 9, top_k
+            assert is_matrix_vector(sizes, dtype, activation)
+            inputs = experts_inputs(*sizes, dtype=dtype, device="cuda", activation=activation, bias=True, seed=3)
+            check(inputs | {"topk_ids": chosen.cuda()}, dtype, activation=activation, weight_on_input=weight_on_input)
 
 
 def forward(inputs, plan, keep=True, activation="swiglu"):
@@ -86,8 +101,8 @@ def forward(inputs, plan, keep=True, activation="swiglu"):
 def test_rows_of_nobody():
     """Capacity and padding leave slots at the end without an expert: zeros in what is returned, whatever the plan has
     there."""
-    inputs = experts_inputs(4, 264, 72, 5, 3, dtype=torch.bfloat16, device="cuda", distribution="duplicates")
-    plan = list(dispatch(inputs["topk_ids"], 5, capacity=2))
+    inputs = experts_inputs(4, 264, 72, 8, 3, dtype=torch.bfloat16, device="cuda", distribution="duplicates")
+    plan = list(dispatch(inputs["topk_ids"], 8, capacity=2))
     served = int(plan[2][-1])
     assert 0 < served < 12
     expected = forward(inputs, plan)
@@ -102,6 +117,7 @@ def test_rows_of_nobody():
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
 def test_a_token_s_output_is_the_same_alone_and_among_others(size):
+    assert is_matrix_vector(size)
     inputs = experts_inputs(*size, dtype=torch.bfloat16, device="cuda", distribution="zipf", bias=True)
     together = run_experts(inputs)
     for t in range(size[0]):
@@ -110,7 +126,7 @@ def test_a_token_s_output_is_the_same_alone_and_among_others(size):
 
 
 def test_nan_stays_in_its_token():
-    inputs = experts_inputs(4, 264, 136, 2, 2, dtype=torch.bfloat16, device="cuda", distribution="all_to_one")
+    inputs = experts_inputs(4, 264, 136, 6, 2, dtype=torch.bfloat16, device="cuda", distribution="all_to_one")
     clean = run_experts(inputs)
     inputs["hidden_states"][1] = torch.nan
     inputs["hidden_states"][2] = torch.inf
@@ -123,10 +139,10 @@ def test_nan_stays_in_its_token():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_recomputed_is_kept(activation, dtype):
     inputs = experts_inputs(
-        4, 264, 136, 6, 3, dtype=dtype, device="cuda", distribution="zipf", activation=activation, bias=True
+        4, 264, 136, 8, 3, dtype=dtype, device="cuda", distribution="zipf", activation=activation, bias=True
     )
     cotangent = normal(4, 264, seed=9, dtype=dtype, device="cuda")
-    plan = dispatch(inputs["topk_ids"], 6)
+    plan = dispatch(inputs["topk_ids"], 8)
     kept, recomputed = (
         run(inputs, cotangent, plan, activation=activation, recompute=recompute) for recompute in (False, True)
     )
@@ -257,3 +273,20 @@ def test_weights_past_int32():
 def test_more_tokens_take_tiles():
     assert is_matrix_vector(SIZES[0])
     assert not is_matrix_vector((64, *SIZES[0][1:]))
+
+
+def test_blocks_a_multiprocessor():
+    """Three, which hide memory's latency, if registers and shared memory leave room for them."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("three blocks fit where a multiprocessor has 227 KB of shared memory for them")
+    inputs = experts_inputs(1, 2048, 1536, 64, 8, dtype=torch.bfloat16, device="cuda")
+    plan = dispatch(inputs["topk_ids"], 64)
+    run_experts(inputs, plan)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run_experts(inputs, plan)
+    with tempfile.TemporaryDirectory() as folder:
+        profile.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    kernels = {e["name"]: e["args"]["grid"] for e in events if "multiply_rows" in e["name"]}
+    blocks = 3 * torch.cuda.get_device_properties(0).multi_processor_count
+    assert list(kernels.values()) == [[blocks, 1, 1]] * 2, kernels

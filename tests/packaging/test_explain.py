@@ -81,9 +81,7 @@ def test_few_tokens_take_matrix_vector_kernels(device, monkeypatch):
     for activation, rows in (("swiglu", "2 rows (gate and up)"), ("gelu", "2 neighbouring rows")):
         path, up, down, *backward = explain.explain((1, 2048, 768, 128, 8), "float16", activation, known)
         assert rows in up and "4 neighbouring rows" in down
-        limit, most = map(
-            int, re.search(r"; up and down by matrix-vector kernels: at most (\d+) tokens and (\d+) ", path).groups()
-        )
+        limit = int(re.search(r"; up and down by matrix-vector kernels: at most (\d+) tokens$", path).group(1))
         assert not any("matrix-vector" in line for line in backward)
 
     def path_and_up(*sizes: int) -> tuple[str, bool]:
@@ -94,9 +92,12 @@ def test_few_tokens_take_matrix_vector_kernels(device, monkeypatch):
     assert path_and_up(limit, 2048, 768, 128, 8)[1]
     path, taken = path_and_up(limit + 1, 2048, 768, 128, 8)
     assert not taken and path.endswith(f"; up and down by tiles: more than {limit} tokens")
-    assert path_and_up(1, 1024, most // 1024, 8, 1)[1]
-    path, taken = path_and_up(1, 1024, most // 1024 + 8, 8, 1)
-    assert not taken and path.endswith(f"; up and down by tiles: more than {most} products (slots * H * I)")
+    assert path_and_up(limit, 1024, 4096, 2 * limit, 3)[1]  # 3 slots for 2 experts
+    path, taken = path_and_up(limit, 1024, 4096, 2 * limit - 1, 3)
+    assert not taken and path.endswith(
+        "; up and down by tiles: more than 2 tokens with more than 3 slots for 2 experts"
+    )
+    assert path_and_up(2, 1024, 4096, 3, 3)[1]
     monkeypatch.setenv("FASTMOE_CPP_PATH", "portable")
     assert not any("matrix-vector" in line for line in explain.explain((1, 64, 64, 4, 2), "bfloat16", "swiglu", known))
 

@@ -26,16 +26,16 @@ GemvChoice choose_gemv(const ExpertShape& shape, int capability, bool aligned, s
   if (capability < 80) return {false, "the matrix-vector kernels need compute capability 8.0 or newer"};
   if (!aligned) return {false, "the matrix-vector kernels need operands on 16-byte boundaries"};
   const std::string limit = std::to_string(gemv::kMaxTokens) + " tokens";
-  const std::string most = std::to_string(gemv::kMaxProducts) + " products (slots * H * I)";
   if (shape.tokens > gemv::kMaxTokens) return {false, "more than " + limit};
-  const double products = static_cast<double>(shape.slots()) * shape.hidden * shape.intermediate;
-  if (products > gemv::kMaxProducts) return {false, "more than " + most};
+  if (shape.tokens > gemv::kMostlyAlone && 2 * shape.slots() > 3 * int64_t{shape.experts}) {
+    return {false, "more than " + std::to_string(gemv::kMostlyAlone) + " tokens with more than 3 slots for 2 experts"};
+  }
   if (!gemv::supports(shape)) {
     return {false,
             "the matrix-vector kernels need bfloat16 or float16, and hidden and intermediate sizes that are multiples "
             "of 8"};
   }
-  return {true, "at most " + limit + " and " + most};
+  return {true, "at most " + limit};
 }
 
 }  // namespace fastmoe_cpp::cuda

@@ -162,7 +162,8 @@ std::tuple<Tensor, Tensor> experts_forward_op(const Tensor& hidden_states, const
   Tensor out = empty(o.hidden.sizes(), type, o.hidden.device());
   if (o.shape.tokens == 0) return {out, pre};
   if (o.shape.slots() == 0) return {out.zero_(), pre};
-  const Tensor rows = o.slot_rows(o.shape.hidden);
+  const bool combined = few && gemv::combines(o.shape);
+  const Tensor rows = combined ? Tensor() : o.slot_rows(o.shape.hidden);
   {
     const Tensor act = o.slot_rows(o.shape.intermediate);
     const UpParams up{o.shape,
@@ -177,11 +178,13 @@ std::tuple<Tensor, Tensor> experts_forward_op(const Tensor& hidden_states, const
                           act.const_data_ptr(),
                           o.down.const_data_ptr(),
                           data_or_null(o.down_bias),
-                          rows.mutable_data_ptr()};
+                          combined ? nullptr : rows.mutable_data_ptr()};
     C10_CUDA_CHECK(few ? gemv::up(up, stream) : run.up(up, stream));
-    C10_CUDA_CHECK(few ? gemv::down(down, /*follows_up=*/true, stream) : run.down(down, stream));
+    C10_CUDA_CHECK(combined ? gemv::combined_down(down, !weight_on_input, out.mutable_data_ptr(), true, stream)
+                   : few    ? gemv::down(down, /*follows_up=*/true, stream)
+                            : run.down(down, stream));
   }
-  sum_into_tokens(o, !weight_on_input, rows, out, stream);
+  if (!combined) sum_into_tokens(o, !weight_on_input, rows, out, stream);
   if (keep_pre_activation) {  // no launch writes the rows of nobody, and the operator returns them
     C10_CUDA_CHECK(portable::zero_tail(o.shape.dtype, pre.mutable_data_ptr(), o.plan.expert_offsets, o.shape.experts,
                                        o.shape.slots(), o.shape.up_rows(), stream));

@@ -6,7 +6,7 @@
 
 namespace fastmoe_cpp::cuda::gemv {
 
-enum class Kind : int { gated_up, plain_up, down };
+enum class Kind : int { gated_up, plain_up, down, combined_down };
 
 struct Arguments {
   const int32_t *slot_index, *expert_offsets;
@@ -17,8 +17,10 @@ struct Arguments {
   int k, columns;                    // columns: of the result, I or H; weight_rows is twice as many where gated
   bool interleaved;
 
-  const float* scale;  // up: routing weights [T, K], or null
+  const float* scale;  // routing weights [T, K], or null; of up, and of combined_down
   void *pre, *out;     // up: [P, weight_rows] or null; act [P, columns] or null; down: [P, columns]
+
+  const int32_t* token_slot;  // [K], of combined_down, whose out is [1, columns]
   Activation activation;
   float alpha, limit;
 };

@@ -11,12 +11,20 @@ bool supports(const ExpertShape& shape) {
          listed * std::max(h, i) < int64_t{1} << 30;  // items are counted in an int, with a step of the grid to spare
 }
 
+// A warp for each slot of a group of columns, and whole groups in a block. Of several tokens the experts may be fewer than
+// the slots, and warps would stay idle.
+bool combines(const ExpertShape& shape) {
+  return supports(shape) && shape.tokens == 1 && shape.slots() == shape.top_k && shape.top_k > 0 &&
+         kThreads / 32 % shape.top_k == 0;
+}
+
 std::string explain(Product product, const ExpertShape& shape, int multiprocessors) {
   const bool gated_up = product == Product::up && is_gated(shape.activation);
   return std::string(product == Product::up ? "up" : "down") + ": matrix-vector, a warp streams " +
          std::to_string(rows_a_warp(product)) + (gated_up ? " rows (gate and up)" : " neighbouring rows") +
-         " of the weight at a time, at most " + std::to_string(kResident * multiprocessors) + " blocks of " +
-         std::to_string(kThreads) + " threads";
+         " of the weight at a time, " + (product == Product::down && combines(shape) ? "combines in the block, " : "") +
+         "at most " + std::to_string(kResident * multiprocessors) + " blocks of " + std::to_string(kThreads) +
+         " threads";
 }
 
 }  // namespace fastmoe_cpp::cuda::gemv

@@ -6,7 +6,7 @@
 namespace fastmoe_cpp::cuda::gemv {
 
 // up: pre_activation[s] = sums * scale(s) + bias[e]; act[s] = f(pre_activation[s]) of the unrounded pre-activation.
-// down: rows[s] = sums + bias[e].
+// down: rows[s] = sums + bias[e]; combined, they go to shared memory instead (combine.cuh).
 template <class Traits>
 struct Epilogue {
   using T = typename Traits::T;
@@ -34,6 +34,13 @@ struct Epilogue {
     return biases;
   }
 
+  // Of down: a slot's kRows columns of its row.
+  __device__ static __forceinline__ Vec<T, kRows> row(const Arguments& args, const Biases& biases,
+                                                      float (&sums)[kRows]) {
+    add(args, biases, sums);
+    return rounded(sums);
+  }
+
   __device__ static __forceinline__ void store(const Arguments& args, int64_t slot, int group, const Biases& biases,
                                                float (&sums)[kRows]) {
     const int column = Traits::kGated ? group : group * kRows;
@@ -42,13 +49,7 @@ struct Epilogue {
 #pragma unroll
       for (int c = 0; c < kRows; ++c) sums[c] *= scale;
     }
-    if (args.bias != nullptr) {
-#pragma unroll
-      for (int c = 0; c < kRows; ++c) {
-        const float2 add = unpack<T>(biases.words[Traits::kGated ? c : c / 2]);
-        sums[c] += Traits::kGated || c % 2 == 0 ? add.x : add.y;
-      }
-    }
+    add(args, biases, sums);
     if constexpr (!Traits::kUp) {
       put(args.out, slot * args.columns + column, sums);
     } else if constexpr (Traits::kGated) {
@@ -82,11 +83,24 @@ struct Epilogue {
   }
 
  private:
-  __device__ static __forceinline__ void put(void* to, int64_t at, const float (&values)[kRows]) {
-    Vec<T, kRows> rounded;
+  __device__ static __forceinline__ void add(const Arguments& args, const Biases& biases, float (&sums)[kRows]) {
+    if (args.bias == nullptr) return;
 #pragma unroll
-    for (int c = 0; c < kRows; ++c) rounded.v[c] = from_acc<T>(values[c]);
-    *reinterpret_cast<Vec<T, kRows>*>(static_cast<T*>(to) + at) = rounded;
+    for (int c = 0; c < kRows; ++c) {
+      const float2 bias = unpack<T>(biases.words[Traits::kGated ? c : c / 2]);
+      sums[c] += Traits::kGated || c % 2 == 0 ? bias.x : bias.y;
+    }
+  }
+
+  __device__ static __forceinline__ Vec<T, kRows> rounded(const float (&values)[kRows]) {
+    Vec<T, kRows> vec;
+#pragma unroll
+    for (int c = 0; c < kRows; ++c) vec.v[c] = from_acc<T>(values[c]);
+    return vec;
+  }
+
+  __device__ static __forceinline__ void put(void* to, int64_t at, const float (&values)[kRows]) {
+    *reinterpret_cast<Vec<T, kRows>*>(static_cast<T*>(to) + at) = rounded(values);
   }
 };
 

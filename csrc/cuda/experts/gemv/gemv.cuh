@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "../../hopper_launch.cuh"
+#include "combine.cuh"
 #include "epilogue.cuh"
 #include "stream.cuh"
 
@@ -93,6 +94,9 @@ __global__ void __launch_bounds__(kThreads, kResident) multiply_rows(const __gri
   if (Traits::kUp || !args.reads_ahead) wait_for_previous_kernel();
   if constexpr (Traits::kUp) launch_next_kernel();  // after the wait, so what is before up is there for down to read
   auto* const list = reinterpret_cast<ListedExpert*>(shared + kRingChunks * 16 * kThreads);
+  [[maybe_unused]] __shared__ typename TokenSum<Traits>::Memory memory;
+  TokenSum<Traits> token(args, memory);
+  if constexpr (Traits::kCombined) token.fetch();
   const Items<Traits> items(args, list, list_experts(args.expert_offsets, args.experts, list, counts));
   WeightStream<Traits> stream(args, items, portable::shared_address(shared));
 #pragma unroll 1
@@ -101,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kResident) multiply_rows(const __gri
   if constexpr (!Traits::kUp) launch_next_kernel();
 
   const T* const x = static_cast<const T*>(args.rows);
-  for (int item = Items<Traits>::first(); item < items.total; item += Items<Traits>::step()) {
+  for (int item = Items<Traits>::first(); Items<Traits>::lowest(item) < items.total; item += Items<Traits>::step()) {
     int group;
     const ListedExpert e = items.find(item, group);
     const auto biases = Epilogue<Traits>::fetch(args, e.expert, group);
@@ -130,8 +134,15 @@ __global__ void __launch_bounds__(kThreads, kResident) multiply_rows(const __gri
       }
       float mine[kRows];
       with_slots(slots, [&](auto n) { sums_of_slot<n()>(sums, mine); });
-      if (lane_id() < slots) Epilogue<Traits>::store(args, slot + lane_id(), group, biases, mine);
+      if (lane_id() < slots) {
+        if constexpr (Traits::kCombined) {
+          token.put(slot + lane_id(), Epilogue<Traits>::row(args, biases, mine));
+        } else {
+          Epilogue<Traits>::store(args, slot + lane_id(), group, biases, mine);
+        }
+      }
     }
+    if constexpr (Traits::kCombined) token.add(Items<Traits>::lowest(item));
   }
 }
 
@@ -146,9 +157,17 @@ struct Facts {
 
 constexpr size_t shared_bytes(int64_t listed) { return kRingChunks * 16 * kThreads + listed * sizeof(ListedExpert); }
 
+// Of a launch with so many listed experts kResident blocks share Hopper's 228 KB, of which the driver takes 1 KB a block; a
+// longer list costs one of them.
+inline constexpr int kShortList = 512;
+static_assert(kResident * (shared_bytes(kShortList) + sizeof(TokenSum<Traits<__half, Kind::combined_down>>::Memory) +
+                           sizeof(int) * kWarps + 1024) <=
+              228 * 1024);
+
 template <class Traits>
-cudaError_t facts_of_device(Facts* facts) {
-  static std::array<std::atomic<int>, 64> known;  // 2 * blocks + programmatic
+cudaError_t facts_of_device(bool short_list, Facts* facts) {
+  static std::array<std::atomic<int>, 64> known_of[2];  // 2 * blocks + programmatic
+  auto& known = known_of[short_list];
   const auto kernel = multiply_rows<Traits>;
   int device;
   FASTMOE_RETURN_IF_ERROR(cudaGetDevice(&device));
@@ -163,8 +182,8 @@ cudaError_t facts_of_device(Facts* facts) {
         cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
     FASTMOE_RETURN_IF_ERROR(is_hopper_code<multiply_rows<Traits>>(&programmatic));
     FASTMOE_RETURN_IF_ERROR(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device));
-    FASTMOE_RETURN_IF_ERROR(
-        cudaOccupancyMaxActiveBlocksPerMultiprocessor(&fitting, kernel, kThreads, shared_bytes(kMaxListed)));
+    FASTMOE_RETURN_IF_ERROR(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        &fitting, kernel, kThreads, shared_bytes(short_list ? kShortList : kMaxListed)));
     both = 2 * multiprocessors * std::clamp(fitting, 1, kResident) + (programmatic ? 1 : 0);
     if (device < static_cast<int>(known.size())) known[device] = both;
   }
@@ -175,10 +194,11 @@ cudaError_t facts_of_device(Facts* facts) {
 template <class T, Kind kKind>
 cudaError_t launch(const ExpertShape& shape, Arguments args, cudaStream_t stream) {
   using Traits = gemv::Traits<T, kKind>;
+  const int64_t listed = std::min<int64_t>(shape.experts, shape.slots());  // at most
   Facts facts;
-  FASTMOE_RETURN_IF_ERROR(facts_of_device<Traits>(&facts));
-  const int64_t listed = std::min<int64_t>(shape.experts, shape.slots());
-  const int64_t items = listed * (Traits::kGated ? args.columns : args.columns / Traits::kRows);
+  FASTMOE_RETURN_IF_ERROR(facts_of_device<Traits>(listed <= kShortList, &facts));
+  const int64_t places = Traits::kCombined ? shape.top_k : listed;
+  const int64_t items = places * (Traits::kGated ? args.columns : args.columns / Traits::kRows);
   args.reads_ahead = args.reads_ahead && facts.programmatic;
   cudaLaunchAttribute attribute = programmatic_launch();
   cudaLaunchConfig_t config{};

@@ -10,5 +10,7 @@ template <class T>
 cudaError_t launch_up(const ExpertShape&, const Arguments&, cudaStream_t);
 template <class T>
 cudaError_t launch_down(const ExpertShape&, const Arguments&, cudaStream_t);
+template <class T>
+cudaError_t launch_combined_down(const ExpertShape&, const Arguments&, cudaStream_t);
 
 }  // namespace fastmoe_cpp::cuda::gemv

@@ -18,6 +18,17 @@ Arguments arguments_of(const ExpertShape& shape, const Plan& plan) {
   return args;
 }
 
+Arguments arguments_of_down(const DownParams& p, bool follows_up) {
+  Arguments args = arguments_of(p.shape, p.plan);
+  args.reads_ahead = follows_up;
+  args.rows = p.act;
+  args.weight = p.down;
+  args.bias = p.down_bias;
+  args.k = static_cast<int>(p.shape.intermediate);
+  args.columns = static_cast<int>(p.shape.hidden);
+  return args;
+}
+
 }  // namespace
 
 cudaError_t up(const UpParams& p, cudaStream_t stream) {
@@ -42,16 +53,21 @@ cudaError_t down(const DownParams& p, bool follows_up, cudaStream_t stream) {
   const ExpertShape& shape = p.shape;
   if (!supports(shape)) return cudaErrorInvalidValue;
   if (shape.slots() == 0) return cudaSuccess;
-  Arguments args = arguments_of(shape, p.plan);
-  args.reads_ahead = follows_up;
-  args.rows = p.act;
-  args.weight = p.down;
-  args.bias = p.down_bias;
-  args.k = static_cast<int>(shape.intermediate);
-  args.columns = static_cast<int>(shape.hidden);
+  Arguments args = arguments_of_down(p, follows_up);
   args.out = p.rows;
   return shape.dtype == DType::f16 ? launch_down<__half>(shape, args, stream)
                                    : launch_down<__nv_bfloat16>(shape, args, stream);
+}
+
+cudaError_t combined_down(const DownParams& p, bool weighted, void* out, bool follows_up, cudaStream_t stream) {
+  const ExpertShape& shape = p.shape;
+  if (!combines(shape)) return cudaErrorInvalidValue;
+  Arguments args = arguments_of_down(p, follows_up);
+  args.scale = weighted ? p.plan.weights : nullptr;
+  args.out = out;
+  args.token_slot = p.plan.token_slot;
+  return shape.dtype == DType::f16 ? launch_combined_down<__half>(shape, args, stream)
+                                   : launch_combined_down<__nv_bfloat16>(shape, args, stream);
 }
 
 }  // namespace fastmoe_cpp::cuda::gemv

@@ -13,7 +13,8 @@ template <class T_, Kind kKind_>
 struct Traits {
   using T = T_;
   static constexpr Kind kKind = kKind_;
-  static constexpr bool kGated = kKind == Kind::gated_up, kUp = kKind != Kind::down;
+  static constexpr bool kGated = kKind == Kind::gated_up, kUp = kGated || kKind == Kind::plain_up;
+  static constexpr bool kCombined = kKind == Kind::combined_down;
   static constexpr Product kProduct = kUp ? Product::up : Product::down;
   static constexpr int kRows = rows_a_warp(kProduct);
   static constexpr int kSteps = kRingChunks / kRows;  // of the ring
@@ -21,18 +22,38 @@ struct Traits {
 };
 
 // An item is a listed expert and a group of kRows of its weight's rows; the warps take items in turn, neighbours in
-// different blocks, so that what a last round leaves over spreads over the multiprocessors.
+// different blocks, so that what a last round leaves over spreads over the multiprocessors. Where rows are combined,
+// neighbours are the K experts of one group, in one block, whose warps go round together; where fewer are listed (a pair was
+// dropped, or an expert has several) the same warps have nothing in every round.
 template <class Traits>
 struct Items {
   const ListedExpert* list;
-  int groups, total;
+  int listed, groups, total, top_k;
 
   __device__ Items(const Arguments& args, const ListedExpert* list, int listed)
-      : list(list), groups(Traits::kGated ? args.columns : args.columns / Traits::kRows), total(listed * groups) {}
+      : list(list),
+        listed(listed),
+        groups(Traits::kGated ? args.columns : args.columns / Traits::kRows),
+        total((Traits::kCombined ? args.top_k : listed) * groups),
+        top_k(args.top_k) {}
 
-  static __device__ __forceinline__ int first() { return blockIdx.x + threadIdx.x / kWarp * gridDim.x; }
+  static __device__ __forceinline__ int first() {
+    const int warp = threadIdx.x / kWarp;
+    return Traits::kCombined ? blockIdx.x * kWarps + warp : blockIdx.x + warp * gridDim.x;
+  }
   static __device__ __forceinline__ int step() { return gridDim.x * kWarps; }
+  // Of the items that the block's warps take together, the first to be there if any is.
+  static __device__ __forceinline__ int lowest(int item) {
+    return Traits::kCombined ? item - static_cast<int>(threadIdx.x / kWarp) : item;
+  }
   __device__ __forceinline__ ListedExpert find(int item, int& group) const {
+    if constexpr (Traits::kCombined) {
+      group = static_cast<unsigned>(item) / static_cast<unsigned>(top_k);
+      const int place = item - group * top_k;
+      if (item < total && place < listed) return list[place];
+      group = 0;
+      return {};
+    }
     const unsigned place = static_cast<unsigned>(item) / static_cast<unsigned>(groups);
     group = item - static_cast<int>(place) * groups;
     return list[place];
