@@ -33,7 +33,8 @@ TEST(gemv_is_for_experts_with_few_tokens) {
   // 12 slots: at most 3 for 2 experts
   CHECK(is_taken(shape_of(3, 64, 64, 8, 4)) && !is_taken(shape_of(3, 64, 64, 7, 4)));
   CHECK(is_taken(shape_of(4, 64, 64, 8, 3)) && !is_taken(shape_of(4, 64, 64, 7, 3)));
-  for (int64_t tokens : {1, 2}) CHECK(is_taken(shape_of(tokens, 64, 64, 1, 1)) && is_taken(shape_of(tokens, 64, 64, 7, 7)));
+  for (int64_t tokens : {1, 2})
+    CHECK(is_taken(shape_of(tokens, 64, 64, 1, 1)) && is_taken(shape_of(tokens, 64, 64, 7, 7)));
   CHECK(!is_taken(shape_of(4, int64_t{1} << 40, int64_t{1} << 40, 64, 8)));
 }
 

@@ -26,7 +26,10 @@ BUDGET = {"work": 3 * 2**26, "weights": 3e7, "rows": 1e7}
 
 
 def is_taken(case) -> bool:
-    return matrix.affordable(BUDGET)(case) and (case["T"] <= 2 or 2 * case["T"] * matrix.top_k(case) <= 3 * case["E"])
+    pairs = case["T"] * matrix.top_k(case)
+    # where a thousand rows cancel that are mostly zero, eager torch in 16 bits can't tell right from wrong
+    told = matrix.top_k(case) < 1000 or "relu" not in case["activation"]
+    return matrix.affordable(BUDGET)(case) and told and (case["T"] <= 2 or 2 * pairs <= 3 * case["E"])
 
 
 # Sizes are multiples of 8: below what a warp takes in a step (256), just past it, and many steps.
