@@ -46,6 +46,7 @@ TEST(gemv_combines_one_token_whose_experts_share_a_block) {
   padded.plan_slots += 8;
   CHECK(!combines(padded));
   CHECK(!combines(shape_of(1, 2044, 768)));
+  CHECK(combines(shape_of(1, 1 << 26, 768, 1, 8)) && !combines(shape_of(1, 1 << 27, 768, 1, 8)));
   CHECK(explain(Product::down, shape_of(1), 132).find("combine") != std::string::npos);
   CHECK(explain(Product::down, shape_of(2), 132).find("combine") == std::string::npos);
   CHECK(explain(Product::up, shape_of(1), 132).find("combine") == std::string::npos);

@@ -501,6 +501,20 @@ MUTANTS = (
         "        return True",
         "tests/examples/test_train_text.py -k 'differ or near'",
     ),
+    Mutant(
+        "several_tokens_combined_by_down",
+        "csrc/cuda/experts/gemv/config.cpp",
+        "shape.tokens == 1 && ",
+        "",
+        "tests/cpp -k gemv",
+    ),
+    Mutant(
+        "matrix_vector_kernels_for_crowded_experts",
+        "csrc/cuda/experts/path.cpp",
+        "2 * shape.slots() > 3 * int64_t{shape.experts}",
+        "shape.slots() > 3 * int64_t{shape.experts}",
+        "tests/cpp -k gemv",
+    ),
 )
 
 

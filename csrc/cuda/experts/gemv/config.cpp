@@ -15,7 +15,8 @@ bool supports(const ExpertShape& shape) {
 // the slots, and warps would stay idle.
 bool combines(const ExpertShape& shape) {
   return supports(shape) && shape.tokens == 1 && shape.slots() == shape.top_k && shape.top_k > 0 &&
-         kThreads / 32 % shape.top_k == 0;
+         kThreads / 32 % shape.top_k == 0 &&
+         shape.top_k * shape.hidden < int64_t{1} << 30;  // counted as above, even where experts are fewer than K
 }
 
 std::string explain(Product product, const ExpertShape& shape, int multiprocessors) {
