@@ -148,6 +148,12 @@ class MoE(nn.Module):
         if plain and type(router) is Router and router.is_plain() and router.weight.shape[:1] == (c.num_experts,):
             return router.route_and_dispatch(x)
         routing = router(x, topk_ids, jitter=not c.router.jitter_experts)
+        # ids are on the device, where one too high can only end the process
+        if not torch.jit.is_tracing() and routing.logits.shape[-1] > c.num_experts:
+            raise ValueError(
+                f"router must choose among num_experts = {c.num_experts} experts, "
+                f"got logits of shape {list(routing.logits.shape)}"
+            )
         if capacity is not None and torch.jit.is_tracing():
             warnings.warn(
                 f"torch.jit.trace makes the capacity of {x.shape[0]} tokens a constant: with another number of tokens "

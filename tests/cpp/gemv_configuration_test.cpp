@@ -45,6 +45,9 @@ TEST(gemv_combines_one_token_whose_experts_share_a_block) {
   auto padded = shape_of(1);
   padded.plan_slots += 8;
   CHECK(!combines(padded));
+  auto dropped = shape_of(2);  // as many slots as one token has
+  dropped.plan_slots = 8;
+  CHECK(!combines(dropped));
   CHECK(!combines(shape_of(1, 2044, 768)));
   CHECK(combines(shape_of(1, 1 << 26, 768, 1, 8)) && !combines(shape_of(1, 1 << 27, 768, 1, 8)));
   CHECK(explain(Product::down, shape_of(1), 132).find("combine") != std::string::npos);

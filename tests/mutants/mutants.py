@@ -506,14 +506,14 @@ MUTANTS = (
         "csrc/cuda/experts/gemv/config.cpp",
         "shape.tokens == 1 && ",
         "",
-        "tests/cpp -k gemv",
+        "tests/cpp/test_cpp.py -k gemv",
     ),
     Mutant(
         "matrix_vector_kernels_for_crowded_experts",
         "csrc/cuda/experts/path.cpp",
         "2 * shape.slots() > 3 * int64_t{shape.experts}",
         "shape.slots() > 3 * int64_t{shape.experts}",
-        "tests/cpp -k gemv",
+        "tests/cpp/test_cpp.py -k gemv",
     ),
 )
 

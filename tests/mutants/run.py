@@ -25,7 +25,7 @@ from mutants import MUTANTS, Mutant, check_applies  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = (
-    "csrc", "fastmoe_cpp", "megatron_adapters", "examples", "tests",
+    "csrc", "fastmoe_cpp", "megatron_adapters", "examples", "tests", "cmake",
     "setup.py", "pyproject.toml", "README.md", "LICENSE",
 )  # fmt: skip
 LEFT_OUT = shutil.ignore_patterns("__pycache__", "*.so", "_build.py", "include", "share")
