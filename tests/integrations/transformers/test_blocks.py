@@ -157,6 +157,19 @@ def test_router_logits_and_balance_loss(family):
             assert relative(ours.get_parameter(name).grad, parameter.grad) < 3e-5, name
 
 
+@pytest.mark.parametrize("family", WITH_LOGITS)
+def test_a_model_that_has_returned_its_router_logits_is_served(family):
+    """The host then leaves the blocks' own forward in some blocks themselves, where it would hide ours."""
+    model, ids = make(family), tokens()
+    expected = model(ids, output_router_logits=True)
+    served = replace_moe_blocks(copy.deepcopy(model))
+    assert all("forward" not in vars(module) for module in served.modules())
+    actual = served(ids, output_router_logits=True)
+    assert relative(actual.logits, expected.logits) < 1e-5
+    for one, other in zip(actual.router_logits, expected.router_logits, strict=True):
+        assert relative(one, other) < 3e-6
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fifty_steps_of_training(family):
     ids = tokens(4, 16)
