@@ -71,11 +71,14 @@ class Settings:
             raise BadInput(
                 f"--hidden-size must be a multiple of 2 * --heads = {2 * self.heads}, got {self.hidden_size}"
             )
-        if not self.learning_rate > 0 or self.weight_decay < 0 or self.warmup < 0:
+        rates = self.learning_rate, self.weight_decay
+        if not all(map(math.isfinite, rates)) or self.learning_rate <= 0 or self.weight_decay < 0 or self.warmup < 0:
             raise BadInput(
-                "--learning-rate must be above 0, --weight-decay and --warmup at least 0, "
-                f"got {self.learning_rate}, {self.weight_decay} and {self.warmup}"
+                "--learning-rate must be a finite number above 0, --weight-decay one of at least 0, --warmup at least "
+                f"0, got {self.learning_rate}, {self.weight_decay} and {self.warmup}"
             )
+        if not 0 <= self.seed < 2**63:
+            raise BadInput(f"--seed must be at least 0 and below 2**63, got {self.seed}")
         try:
             self.moe()
         except ValueError as error:

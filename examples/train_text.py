@@ -161,6 +161,10 @@ def prepare(args: argparse.Namespace) -> Training:
             raise BadInput(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     if not args.temperature > 0:
         raise BadInput(f"--temperature must be above 0, got {args.temperature}")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:
+        raise BadInput(f"--prompt must be text in UTF-8, got {args.prompt!r}") from None
     state = read_checkpoint(args.resume) if args.resume else None
     args.device = args.device or (state["device"] if state else "cpu")
     settings = resolve(args, state)
@@ -235,7 +239,7 @@ def train(training: Training, args: argparse.Namespace, log: Log) -> bool:
     with Stop(quiet=not ranks.main) as stop, bar:
         if training.done == 0:
             log.write(training.evaluate())
-        while training.done < s.steps and training.done != args.stop_at:
+        while training.done < min(s.steps, args.stop_at or s.steps):
             if ranks.any(stop.asked, training.device):
                 break
             log.write(training.step())

@@ -271,10 +271,15 @@ class MoEConfig:
 def capacity_ratio(num_experts: int, top_k: int, factor: float | None) -> tuple[int, int] | None:
     """factor * top_k / num_experts as numerator and denominator; None for None.
 
-    Exact for the decimal the factor was written as, so that 1.1 means eleven tenths, and in integers, so that a
-    symbolic number of tokens stays symbolic.
+    Exact for the decimal the factor was written as, so that 1.1 means eleven tenths, and in integers that times a
+    number of tokens fit 64 bits, so that a symbolic number of tokens stays symbolic. A factor above 10**6 drops nothing
+    that 10**6 keeps.
     """
     if factor is None:
         return None
-    exact = Fraction(repr(float(factor))).limit_denominator(10**6) * top_k / num_experts
-    return exact.numerator, exact.denominator
+    if factor == 0:
+        return 0, 1
+    written = min(Fraction(repr(float(factor))), Fraction(10**6))
+    exact = max(written.limit_denominator(10**6 if written > 1e-3 else 10**12), Fraction(1, 10**12))
+    ratio = exact * top_k / num_experts
+    return ratio.numerator, ratio.denominator

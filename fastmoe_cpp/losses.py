@@ -61,6 +61,7 @@ def balance_loss(
     if global_counts is not None and form != "global":
         raise ValueError(f"global_counts must be None for the form {form!r}, got a tensor")
     num_experts = probs.shape[-1]
+    exact = torch.float64 if probs.dtype == torch.float64 else torch.float32  # 16 bits round counts
     # one sequence of all tokens, but for the form that tells sequences apart
     sequences = probs.shape[0] if form == "sequence" and probs.dim() == 3 else 1
     length = probs.numel() // (num_experts * sequences) if sequences else 0
@@ -85,11 +86,11 @@ def balance_loss(
             own = (~padding_mask).sum(dim=1)
         total = sum_over_ranks(own if counts is None else torch.cat([own, counts[0]]), group)
         counts, tokens = total[None, 1:], total[:1].clamp(min=1)
-        averaged = tokens.to(probs.dtype) / group.size()
+        averaged = tokens.to(exact) / group.size()
     if global_counts is None:
-        share = counts.to(probs.dtype) / (tokens if form in ("switch", "huggingface") else tokens * top_k)
+        share = counts.to(exact) / (tokens if form in ("switch", "huggingface") else tokens * top_k)
     else:
-        counts = global_counts.to(probs.dtype)[None]
+        counts = global_counts.to(exact)[None]
         share = counts / counts.sum().clamp(min=1)
     # Sizes divide the tensor: as the operator's scale a symbolic size would fix the graph to one number of sequences.
     return ops.balance_loss(probs, share / averaged / divisor, float(num_experts), padding_mask)

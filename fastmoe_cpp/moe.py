@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -13,7 +14,7 @@ from .config import MoEConfig
 from .experts import Experts, SharedExperts, check_padding_mask
 from .groups import sum_over_ranks
 from .outputs import DispatchPlan, MoEOutput, RouterOutput
-from .router import Router
+from .router import Router, counts_on
 
 
 class MoE(nn.Module):
@@ -44,13 +45,18 @@ class MoE(nn.Module):
         #: Ranks whose tokens are one batch to the balance and z losses and to update_expert_bias(): the mean over them
         #: of the losses, or of their gradients, is the whole batch's. None is this rank alone.
         self.balance_group: torch.distributed.ProcessGroup | None = None
-        # [E] int64 while a monitor.LoadMonitor watches the layer
-        self.register_buffer("load", None, persistent=False)
+        #: [E] int64 while a monitor.LoadMonitor watches the layer; no buffer, see Router.
+        self.load: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # nobody watches a copy
-        state = super().__getstate__()
-        return state | {"_buffers": state["_buffers"] | {"load": None}}
+        return super().__getstate__() | {"load": None}
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        if self.load is not None:
+            self.load = counts_on(self.router.weight.device, self.load)
+        return self
 
     def reset_parameters(self) -> None:
         """Draws every weight anew, as the constructor does."""
@@ -68,11 +74,9 @@ class MoE(nn.Module):
         """
         x, mask = self._flatten(hidden_states, padding_mask)
         router = self.config.router
-        output, routing, plan = self._run(x, mask, None)
         wanted = router.balance_loss_coefficient > 0 or router.z_loss_coefficient > 0
-        if wanted and self.training and torch.is_grad_enabled():
-            aux_loss = self._losses(hidden_states, routing, plan, mask)[2]
-            output = losses.add_gradient(output, aux_loss, self.aux_loss_scale)
+        trained = wanted and self.training and torch.is_grad_enabled()
+        output, _, _ = self._run(x, mask, None, hidden_states.shape if trained else None)
         return output if hidden_states.dim() == 2 else output.reshape(hidden_states.shape)
 
     def forward_with_routing(
@@ -91,7 +95,7 @@ class MoE(nn.Module):
                 raise ValueError(f"topk_ids must have shape {list(expected)}, got {list(topk_ids.shape)}")
             topk_ids = topk_ids.reshape(x.shape[0], self.config.top_k)
         output, routing, plan = self._run(x, mask, topk_ids)
-        balance_loss, z_loss, aux_loss = self._losses(hidden_states, routing, plan, mask)
+        balance_loss, z_loss, aux_loss = self._losses(hidden_states.shape, routing, mask)
         return MoEOutput(
             hidden_states=output.reshape(hidden_states.shape),
             router_logits=routing.logits,
@@ -118,17 +122,21 @@ class MoE(nn.Module):
         return x, padding_mask
 
     def _run(
-        self, x: Tensor, padding_mask: Tensor | None, topk_ids: Tensor | None
+        self, x: Tensor, padding_mask: Tensor | None, topk_ids: Tensor | None, trained: torch.Size | None = None
     ) -> tuple[Tensor, RouterOutput, DispatchPlan]:
+        """trained: the shape of the hidden states whose losses' gradient is added, if it is."""
         dtype = x.dtype
         if self.config.router.jitter_experts:
             x = self.router.jitter(x)
         routing, plan = self._route(x, padding_mask, topk_ids)
         weights = _weights_for(routing, dtype)
-        if self.training and self.router.tokens_per_expert is not None:
-            ops.accumulate_load(self.router.tokens_per_expert, plan.tokens_per_expert)
+        if self.training:
+            self.router.count(plan.tokens_per_expert)
         if self.load is not None:
             ops.accumulate_load(self.load, plan.tokens_per_expert)
+        if trained is not None:
+            # at the weights and not at the output, which a model may change in place
+            weights = losses.add_gradient(weights, self._losses(trained, routing, padding_mask)[2], self.aux_loss_scale)
         if self.shared_experts is None or torch.compiler.is_compiling():
             output = self.experts(x, weights, plan)
             if self.shared_experts is not None:
@@ -173,7 +181,7 @@ class MoE(nn.Module):
         return routing, plan
 
     def _losses(
-        self, hidden_states: Tensor, routing: RouterOutput, plan: DispatchPlan, padding_mask: Tensor | None
+        self, shape: torch.Size, routing: RouterOutput, padding_mask: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         c, router = self.config, self.config.router
         form, ids = router.balance_loss, routing.topk_ids
@@ -187,9 +195,9 @@ class MoE(nn.Module):
         global_counts = None
         if form == "global" and self.training:
             global_counts = sum_over_ranks(self.router.tokens_per_expert, self.balance_group)
-        if form == "sequence" and hidden_states.dim() > 2:
-            sequences = hidden_states.shape[:-1].numel() // max(hidden_states.shape[-2], 1)
-            probs = probs.reshape(sequences, hidden_states.shape[-2], c.num_experts)
+        if form == "sequence" and len(shape) > 2:
+            # not torch.Size.numel, which makes torch.export's sizes constants
+            probs = probs.reshape(math.prod(shape[:-2]), shape[-2], c.num_experts)
         group = self.balance_group
         balance_loss = losses.balance_loss(
             probs, ids, form, padding_mask=padding_mask, global_counts=global_counts, group=group

@@ -56,12 +56,16 @@ class LoadMonitor:
             if layer.load is not None:
                 raise ValueError(f"layer {name!r} must not be watched by another LoadMonitor: close that one first")
         self._rows: dict[str, list[Tensor]] = {name: [] for name in self.layers}
-        for layer in self.layers.values():
-            layer.load = torch.zeros(layer.config.num_experts, dtype=torch.int64, device=layer.router.weight.device)
+        self._open = True
+        with torch.inference_mode(False):  # whose tensors training could not count in
+            for layer in self.layers.values():
+                layer.load = torch.zeros(layer.config.num_experts, dtype=torch.int64, device=layer.router.weight.device)
 
     @torch.no_grad()
     def step(self) -> None:
         """Ends a row: the counts since the last call are recorded and start again at 0."""
+        if not self._open:
+            raise RuntimeError("step() must come before close(): this LoadMonitor was closed")
         for name, layer in self.layers.items():
             self._rows[name].append(layer.load.clone())
             layer.load.zero_()
@@ -85,9 +89,11 @@ class LoadMonitor:
             rows.clear()
 
     def close(self) -> None:
-        """Stops watching; what was recorded stays readable."""
-        for layer in self.layers.values():
-            layer.load = None
+        """Stops watching; what was recorded stays readable. Closing again does nothing."""
+        if self._open:
+            self._open = False
+            for layer in self.layers.values():
+                layer.load = None
 
     def __enter__(self) -> LoadMonitor:
         return self

@@ -416,7 +416,7 @@ def moe(
         if c.shared_expert_gate:
             shared = shared * torch.sigmoid(F.linear(x, parameters["shared_experts.gate"]))
         output = output + shared
-    balance, z = _layer_losses(hidden_states, routing, c, padding)
+    balance, z = _layer_losses(hidden_states, routing, c, padding, training)
     return MoEOutput(
         hidden_states=output.reshape(hidden_states.shape),
         router_logits=routing.logits,
@@ -432,7 +432,7 @@ def moe(
 
 
 def _layer_losses(
-    hidden_states: Tensor, routing: RouterOutput, config: MoEConfig, padding: Tensor | None
+    hidden_states: Tensor, routing: RouterOutput, config: MoEConfig, padding: Tensor | None, training: bool
 ) -> tuple[Tensor, Tensor]:
     r, experts_ = config.router, config.num_experts
     form = r.balance_loss
@@ -462,6 +462,7 @@ def _layer_losses(
         if form in ("batch", "sequence"):
             share = share / config.top_k
         elif form == "global":
-            share = counts / counts.sum().clamp(min=1)
+            # what was routed over micro-batches and ranks, which only training counts
+            share = counts / (counts.sum().clamp(min=1) if training else tokens * config.top_k)
         total = total + experts_ * (share * p.sum(dim=0) / tokens).sum()
     return total / max(sequences, 1), z_loss(routing.logits, 1.0, padding)

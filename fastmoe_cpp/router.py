@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ class Router(nn.Module):
         self.register_buffer("expert_bias", expert_bias)
         counted = router.expert_bias or router.balance_loss == "global"
         counts = torch.zeros(experts, device=device, dtype=torch.int64) if counted else None
-        self.register_buffer("tokens_per_expert", counts, persistent=False)
+        # no buffer: DistributedDataParallel would put rank 0's in the place of every other rank's
+        self.tokens_per_expert = counts
         self.reset_parameters()
 
     @torch.no_grad()
@@ -56,7 +58,25 @@ class Router(nn.Module):
         super()._apply(fn, recurse)
         if before is not None and self.expert_bias.dtype not in (torch.float32, torch.float64):
             self.expert_bias = before.to(self.expert_bias.device)
+        if self.tokens_per_expert is not None:
+            self.tokens_per_expert = counts_on(self.weight.device, self.tokens_per_expert)
         return self
+
+    def count(self, tokens_per_expert: Tensor) -> None:
+        """Adds a training pass's counts [E] int64."""
+        if self.tokens_per_expert is None:
+            return
+        if self.tokens_per_expert.device != tokens_per_expert.device:
+            # weights that load_state_dict assigned, or FSDP moved, left the counts where they were
+            self.tokens_per_expert = counts_on(tokens_per_expert.device, self.tokens_per_expert)
+        if torch.jit.is_tracing():
+            warnings.warn(
+                "torch.jit.trace may leave counting out: update_expert_bias() of a traced layer that trains then finds "
+                "no tokens (torch.export and torch.compile count)",
+                torch.jit.TracerWarning,
+                stacklevel=4,
+            )
+        ops.accumulate_load(self.tokens_per_expert, tokens_per_expert)
 
     def jitter(self, hidden_states: Tensor) -> Tensor:
         """hidden_states * U[1 - jitter_eps, 1 + jitter_eps] in training, itself otherwise."""
@@ -135,6 +155,13 @@ class Router(nn.Module):
         """Sizes for repr()."""
         c = self.config
         return f"hidden_size={c.hidden_size}, num_experts={c.num_experts}, top_k={c.top_k}"
+
+
+def counts_on(device: torch.device, counts: Tensor) -> Tensor:
+    """Counts on a device; from meta, where nothing was counted, zeros."""
+    if counts.device == device:
+        return counts
+    return torch.zeros_like(counts, device=device) if counts.is_meta else counts.to(device)
 
 
 #: What is_plain() finds replaced where somebody patches the class.

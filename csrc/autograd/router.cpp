@@ -33,6 +33,7 @@ Tensor router_logits_autograd(const Tensor& hidden_states, const Tensor& weight,
   return router_logits(hidden_states, weight, bias);
 }
 
+// The ids are integers and so without gradient unmarked: a mark is what compiled autograd can't take of a Function in C++.
 struct Route : torch::autograd::Function<Route> {
   static variable_list forward(AutogradContext* ctx, const Tensor& logits, int64_t top_k,
                                const OptionalTensor& expert_bias, const OptionalTensor& selection_scores,
@@ -44,7 +45,6 @@ struct Route : torch::autograd::Function<Route> {
         route(logits, top_k, expert_bias, selection_scores, topk_ids, score_function, scores_after_topk, renormalize,
               renormalize_epsilon, scaling_factor, num_groups, topk_groups, group_score);
     ctx->save_for_backward({logits, ids});
-    ctx->mark_non_differentiable({ids});
     ctx->set_materialize_grads(false);
     ctx->saved_data["score_function"] = std::string(score_function);
     ctx->saved_data["scores_after_topk"] = scores_after_topk;

@@ -18,12 +18,12 @@ MoEOptions checked(const MoEOptions& options) {
 
 std::optional<at::Tensor> optional(const at::Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; }
 
-// The output itself; where a gradient flows back through it, scale * loss is trained on as well.
+// The weights themselves; where a gradient flows back through them, scale * loss is trained on as well.
 struct AddGradient : torch::autograd::Function<AddGradient> {
-  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& output, const at::Tensor& loss,
+  static at::Tensor forward(torch::autograd::AutogradContext* ctx, const at::Tensor& weights, const at::Tensor& loss,
                             double scale) {
     ctx->saved_data["grad"] = at::full({}, scale, loss.options());
-    return output.view_as(output);
+    return weights.view_as(weights);
   }
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* ctx,
                                                  const torch::autograd::variable_list& grads) {
@@ -50,7 +50,9 @@ at::Tensor activate(const at::Tensor& pre_activation, const MoEOptions& o) {
 
 }  // namespace
 
-RouterImpl::RouterImpl(const MoEOptions& options_) : options(checked(options_)) {
+RouterImpl::RouterImpl(const MoEOptions& options_) : options(checked(options_)) { reset(); }
+
+void RouterImpl::reset() {
   weight = register_parameter("weight", torch::empty({options.num_experts(), options.hidden_size()}));
   if (options.router().bias()) bias = register_parameter("bias", torch::empty({options.num_experts()}));
   if (options.router().expert_bias())
@@ -136,7 +138,9 @@ void RouterImpl::pretty_print(std::ostream& stream) const {
          << ", top_k=" << options.top_k() << ")";
 }
 
-ExpertsImpl::ExpertsImpl(const MoEOptions& options_) : options(checked(options_)) {
+ExpertsImpl::ExpertsImpl(const MoEOptions& options_) : options(checked(options_)) { reset(); }
+
+void ExpertsImpl::reset() {
   const int64_t experts = options.num_experts(), hidden = options.hidden_size();
   gate_up_proj = register_parameter("gate_up_proj", torch::empty({experts, options.gate_up_size(), hidden}));
   down_proj = register_parameter("down_proj", torch::empty({experts, hidden, options.intermediate_size()}));
@@ -171,6 +175,10 @@ void ExpertsImpl::pretty_print(std::ostream& stream) const {
 
 SharedExpertsImpl::SharedExpertsImpl(const MoEOptions& options_) : options(checked(options_)) {
   TORCH_CHECK_VALUE(options.shared_intermediate_size(), "shared_intermediate_size must be set for shared experts");
+  reset();
+}
+
+void SharedExpertsImpl::reset() {
   const int64_t inner = *options.shared_intermediate_size(), hidden = options.hidden_size();
   gate_up_proj = register_parameter("gate_up_proj", torch::empty({inner * (options.gated() ? 2 : 1), hidden}));
   down_proj = register_parameter("down_proj", torch::empty({hidden, inner}));
@@ -188,7 +196,9 @@ at::Tensor SharedExpertsImpl::forward(const at::Tensor& hidden_states) {
   return gate.defined() ? at::sigmoid(at::linear(hidden_states, gate)) * output : output;
 }
 
-MoEImpl::MoEImpl(const MoEOptions& options_) : options(checked(options_)) {
+MoEImpl::MoEImpl(const MoEOptions& options_) : options(checked(options_)) { reset(); }
+
+void MoEImpl::reset() {
   router = register_module("router", Router(options));
   experts = register_module("experts", Experts(options));
   if (options.shared_intermediate_size()) shared_experts = register_module("shared_experts", SharedExperts(options));
@@ -201,7 +211,7 @@ void MoEImpl::reset_parameters() {
 }
 
 MoEImpl::Pass MoEImpl::run(const at::Tensor& hidden_states, const std::optional<at::Tensor>& padding_mask,
-                           const std::optional<at::Tensor>& topk_ids) {
+                           const std::optional<at::Tensor>& topk_ids, bool trains_losses) {
   const int64_t hidden = options.hidden_size();
   TORCH_CHECK_VALUE(hidden_states.dim() >= 1 && hidden_states.size(-1) == hidden,
                     "hidden_states must have shape [..., ", hidden, "], got ", hidden_states.sizes());
@@ -229,7 +239,9 @@ MoEImpl::Pass MoEImpl::run(const at::Tensor& hidden_states, const std::optional<
   if (options.router().jitter_experts()) x = routed;
   choose(pass, routed, replayed, hidden_states.scalar_type());
   router->count(pass.plan.tokens_per_expert);
-  const auto weights = pass.routing.topk_weights.to(accumulate_type(hidden_states.scalar_type()));
+  auto weights = pass.routing.topk_weights.to(accumulate_type(hidden_states.scalar_type()));
+  // not at the output, which a model may change in place
+  if (trains_losses) weights = AddGradient::apply(weights, std::get<2>(losses(pass)), aux_loss_scale);
   pass.output = experts->forward(x, weights, pass.plan.slot_index, pass.plan.token_slot, pass.plan.expert_offsets);
   if (shared_experts) pass.output = pass.output + shared_experts->forward(x);
   pass.output = pass.output.to(hidden_states.scalar_type());
@@ -245,6 +257,10 @@ void MoEImpl::choose(Pass& pass, const at::Tensor& x, const std::optional<at::Te
     return;
   }
   pass.routing = router->forward(x, topk_ids);
+  // ids are on the device, where one too high can only end the process
+  TORCH_CHECK_VALUE(pass.routing.logits.size(-1) <= options.num_experts(),
+                    "router must choose among num_experts = ", options.num_experts(), " experts, got logits of shape ",
+                    pass.routing.logits.sizes());
   const bool by_weight = options.drop_policy() == "probs";
   const auto weights =
       by_weight ? std::optional(pass.routing.topk_weights.detach().to(accumulate_type(type))) : std::nullopt;
@@ -275,17 +291,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> MoEImpl::losses(const Pass& pass)
 }
 
 at::Tensor MoEImpl::forward(const at::Tensor& hidden_states, const std::optional<at::Tensor>& padding_mask) {
-  const auto pass = run(hidden_states, padding_mask, std::nullopt);
   const auto& r = options.router();
-  auto output = pass.output;
-  if (is_training() && at::GradMode::is_enabled() && (r.balance_loss_coefficient() > 0 || r.z_loss_coefficient() > 0))
-    output = AddGradient::apply(output, std::get<2>(losses(pass)), aux_loss_scale);
-  return output.reshape(hidden_states.sizes());
+  const bool trains_losses =
+      is_training() && at::GradMode::is_enabled() && (r.balance_loss_coefficient() > 0 || r.z_loss_coefficient() > 0);
+  return run(hidden_states, padding_mask, std::nullopt, trains_losses).output.reshape(hidden_states.sizes());
 }
 
 MoEOutput MoEImpl::forward_with_routing(const at::Tensor& hidden_states, const std::optional<at::Tensor>& padding_mask,
                                         const std::optional<at::Tensor>& topk_ids) {
-  const auto pass = run(hidden_states, padding_mask, topk_ids);
+  const auto pass = run(hidden_states, padding_mask, topk_ids, false);
   const auto [balance, z, aux] = losses(pass);
   return {pass.output.reshape(hidden_states.sizes()),
           pass.routing.logits,

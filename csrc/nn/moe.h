@@ -12,6 +12,7 @@
 // where the options ask for them ([E, I, H] and [I, H] for an ungated activation). A bad option, shape or id throws
 // c10::ValueError and a bad dtype c10::TypeError: one sentence with the name, what was expected and what was found.
 #pragma once
+#include <torch/nn/cloneable.h>
 #include <torch/nn/module.h>
 #include <torch/nn/modules/common.h>
 #include <torch/nn/modules/container/any_value.h>
@@ -41,9 +42,10 @@ struct MoEOutput {
 };
 
 // Hidden states [T, H] to logits, K weights and K expert ids a token, and the scores of all experts.
-class RouterImpl : public torch::nn::Module {
+class RouterImpl : public torch::nn::Cloneable<RouterImpl> {
  public:
   explicit RouterImpl(const MoEOptions& options);
+  void reset() override;  // registers parameters anew, as clone() asks
   void reset_parameters();
 
   struct Output {
@@ -78,9 +80,10 @@ class RouterImpl : public torch::nn::Module {
 TORCH_MODULE(Router);
 
 // The routed experts: hidden_states [T, H], topk_weights [T, K] and the plan of fastmoe_cpp::dispatch to [T, H].
-class ExpertsImpl : public torch::nn::Module {
+class ExpertsImpl : public torch::nn::Cloneable<ExpertsImpl> {
  public:
   explicit ExpertsImpl(const MoEOptions& options);
+  void reset() override;
   void reset_parameters();
   torch::Tensor forward(const torch::Tensor& hidden_states, const torch::Tensor& topk_weights,
                         const torch::Tensor& slot_index, const torch::Tensor& token_slot,
@@ -93,9 +96,10 @@ class ExpertsImpl : public torch::nn::Module {
 TORCH_MODULE(Experts);
 
 // The experts every token visits, as one MLP: [..., H] to [..., H].
-class SharedExpertsImpl : public torch::nn::Module {
+class SharedExpertsImpl : public torch::nn::Cloneable<SharedExpertsImpl> {
  public:
   explicit SharedExpertsImpl(const MoEOptions& options);
+  void reset() override;
   void reset_parameters();
   torch::Tensor forward(const torch::Tensor& hidden_states);
 
@@ -104,11 +108,12 @@ class SharedExpertsImpl : public torch::nn::Module {
 };
 TORCH_MODULE(SharedExperts);
 
-class MoEImpl : public torch::nn::Module {
+class MoEImpl : public torch::nn::Cloneable<MoEImpl> {
  public:
   explicit MoEImpl(const MoEOptions& options);
   MoEImpl(int64_t hidden_size, int64_t intermediate_size, int64_t num_experts)
       : MoEImpl(MoEOptions(hidden_size, intermediate_size, num_experts)) {}
+  void reset() override;
   void reset_parameters();
 
   // hidden_states [..., H] to one tensor of its shape and dtype. padding_mask [...] bool is true for padding: such tokens
@@ -140,7 +145,7 @@ class MoEImpl : public torch::nn::Module {
     std::optional<torch::Tensor> padding_mask;  // [T]
   };
   Pass run(const torch::Tensor& hidden_states, const std::optional<torch::Tensor>& padding_mask,
-           const std::optional<torch::Tensor>& topk_ids);
+           const std::optional<torch::Tensor>& topk_ids, bool trains_losses);
   // Sets pass.routing and pass.plan: x [T, H] as the router sees it, type the layer's input's.
   void choose(Pass& pass, const torch::Tensor& x, const std::optional<torch::Tensor>& topk_ids, torch::Dtype type);
   std::tuple<torch::Tensor, torch::Tensor, torch::Tensor> losses(const Pass& pass) const;

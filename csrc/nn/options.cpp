@@ -1,5 +1,6 @@
 #include "options.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "../ops/checks.h"
@@ -24,7 +25,9 @@ std::optional<int64_t> MoEOptions::capacity(int64_t tokens, bool training) const
   const auto factor = training ? capacity_factor_ : eval_capacity_factor_;
   if (!factor) return std::nullopt;
   // 1.1 stands for eleven tenths: what rounding put above a whole number of tokens is taken off before the ceiling.
-  const double share = *factor * static_cast<double>(tokens * top_k_) / static_cast<double>(num_experts_);
+  // With a factor of 10**6 nothing is dropped, nor with a larger one, whose capacity may be no int64.
+  const double share =
+      std::min(*factor, 1e6) * static_cast<double>(tokens * top_k_) / static_cast<double>(num_experts_);
   return static_cast<int64_t>(std::ceil(share * (1 - 1e-12)));
 }
 

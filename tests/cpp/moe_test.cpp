@@ -157,6 +157,8 @@ TEST(capacity_differs_in_training_and_evaluation) {
   CHECK(layer(x).eq(0).all().item<bool>());
   CHECK_EQUAL(*MoEOptions(8, 8, 10).top_k(1).capacity_factor(1.1).capacity(100, true), 11);
   CHECK(!MoEOptions(8, 8, 10).capacity(100, true));
+  CHECK_EQUAL(*MoEOptions(8, 8, 4).capacity_factor(1e-7).capacity(100000000, true), 5);
+  CHECK(*MoEOptions(8, 8, 4).capacity_factor(1e300).capacity(1 << 30, true) >= int64_t{2} << 30);
 }
 
 TEST(padding_gets_no_expert) {
@@ -186,6 +188,8 @@ TEST(losses_equal_their_formulas_and_reach_the_router) {
   layer->aux_loss_scale = 0.5;
   layer->train();
   close(torch::autograd::grad({layer(x).sum()}, {layer->router->weight})[0], expected);
+  const auto changed = layer(x).mul_(2);  // in place, as by a host's residual sum
+  close(torch::autograd::grad({0.5 * changed.sum()}, {layer->router->weight})[0], expected);
   layer->eval();
   const auto without = torch::autograd::grad({layer(x).sum()}, {layer->router->weight})[0];
   CHECK(!torch::allclose(without, expected));
@@ -232,6 +236,25 @@ TEST(shared_experts_have_every_activation) {
   }
 }
 
+TEST(a_clone_has_weights_of_its_own) {
+  const auto router = RouterOptions().bias(true).expert_bias(true).score_function("sigmoid");
+  auto layer =
+      layer_of(MoEOptions(8, 6, 4).bias(true).shared_intermediate_size(5).shared_expert_gate(true).router(router));
+  layer->aux_loss_scale = 0.5;
+  layer->eval();
+  const auto x = torch::randn({9, 8}, torch::kDouble);
+  const auto expected = layer(x);
+  const auto copy = MoE(std::dynamic_pointer_cast<fastmoe_cpp::MoEImpl>(layer->clone()));
+  CHECK(torch::equal(MoE(copy)(x), expected));
+  CHECK_EQUAL(copy->aux_loss_scale, 0.5);
+  CHECK_EQUAL(copy->parameters().size(), layer->parameters().size());
+  CHECK_EQUAL(copy->router->expert_bias.scalar_type(), torch::kFloat);
+  torch::NoGradGuard guard;
+  for (auto& p : layer->parameters()) p.zero_();
+  layer->router->expert_bias.fill_(7.0);
+  CHECK(torch::equal(MoE(copy)(x), expected));
+}
+
 TEST(bad_options_are_one_sentence) {
   CHECK_THROWS(c10::ValueError, MoE(MoEOptions(0, 8, 4)), "hidden_size must be an integer of at least 1, got 0");
   CHECK_THROWS(c10::ValueError, MoE(MoEOptions(8, 8, 4).top_k(5)), "top_k", "num_experts = 4", "got 5");
@@ -255,6 +278,9 @@ TEST(bad_inputs_are_one_sentence) {
   CHECK_THROWS(c10::TypeError, layer(x.to(torch::kFloat)), "must have the dtype of hidden_states", "got");
   CHECK_THROWS(c10::ValueError, layer(x, torch::zeros({4}, torch::kBool)), "padding_mask", "[3]", "[4]");
   CHECK_THROWS(c10::TypeError, layer(x, torch::zeros({3})), "padding_mask must be bool");
+  auto larger = layer_of(MoEOptions(8, 8, 4));
+  larger->router->weight.set_data(torch::randn({6, 8}, torch::kDouble));
+  CHECK_THROWS(c10::ValueError, larger(x), "num_experts = 4 experts", "[3, 6]");
   CHECK_THROWS(c10::ValueError, layer->forward_with_routing(x, std::nullopt, torch::zeros({3, 3}, torch::kLong)),
                "topk_ids", "[3, 2]", "[3, 3]");
   CHECK_THROWS(c10::Error, layer->forward_with_routing(x, std::nullopt, torch::full({3, 2}, 4, torch::kLong)),

@@ -105,6 +105,13 @@ def test_resume_gives_the_same_bits(folder, finished, tmp_path):
         same(whole, {**whole, "batches": state})
 
 
+def test_a_stop_before_the_step_resumed_at_trains_no_further(folder, tmp_path):
+    assert run(folder, tmp_path, "--steps", "6", "--stop-at", "4") == 0
+    resume = ["--resume", str(tmp_path / "checkpoint.pt"), "--sample-bytes", "40", "--stop-at", "2"]
+    assert train_text.main(resume) == 0
+    assert torch.load(tmp_path / "checkpoint.pt")["step"] == 4
+
+
 def test_curves_that_differ_fail(folder, tmp_path, monkeypatch, capsys):
     def half(self, hidden_states):
         out = right(self, hidden_states)
@@ -220,6 +227,11 @@ def test_paths_that_can_t_be_written_are_refused(folder, tmp_path, capsys, monke
     (tmp_path / "file").touch()
     assert "--save: can't write into the folder file/below" in refused(capsys, *data, "--save", "file/below/a.pt")
     assert "--out: file must be a folder, and is a file" in refused(capsys, *data, "--out", "file")
+    assert "--prompt must be text in UTF-8, got '\\udcff'" in refused(capsys, *data, "--prompt", "\udcff")
+    assert "--weight-decay one of at least 0" in refused(capsys, *data, "--weight-decay", "nan")
+    assert "--seed must be at least 0 and below 2**63, got 9223372036854775808" in refused(
+        capsys, *data, "--seed", str(2**63)
+    )
     assert "--out: can't write into the folder /proc: " in refused(capsys, *data, "--out", "/proc")
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch._inductor.config
+from torch._dynamo import compiled_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
@@ -136,3 +137,30 @@ def test_fused_experts(device):
         ids = torch.randint(-1, 8, (tokens, 2), device=device, dtype=torch.int32)
         args = (x, layer.experts.gate_up_proj, layer.experts.down_proj, ids, torch.rand(tokens, 2, device=device))
         assert torch.equal(compiled(*args), fused_experts(*args))
+
+
+def test_backward_under_compiled_autograd(device):
+    """Of an eager layer, beside compiled ones: its Functions must be ones that compiled autograd takes."""
+    layer = make("deepseek", device)
+    x = torch.randn(2, 6, HIDDEN, device=device, dtype=torch.float64, requires_grad=True)
+    expected = gradients(layer, x, layer(x).square().sum())
+    loss = layer(x).square().sum()
+    parameters = list(layer.parameters())
+    for tensor in (x, *parameters):
+        tensor.grad = None
+    with compiled_autograd._enable(torch.compile(backend="eager")):
+        loss.backward()
+    actual = {name: p.grad for name, p in layer.named_parameters()} | {"x": x.grad}
+    assert len(expected) == len(actual)
+    assert_same({name: actual[name] for name in expected}, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["batch", "sequence"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_sizes_stay_free(strict, form, device):
+    layer = make(config({"balance_loss": form, "balance_loss_coefficient": 0.1}), device)
+    x = torch.randn(2, 5, HIDDEN, device=device, dtype=torch.float64)
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    exported = torch.export.export(layer, (x,), dynamic_shapes=(sizes,), strict=strict).module()
+    other = torch.randn(3, 7, HIDDEN, device=device, dtype=torch.float64)
+    assert_same({"y": exported(other)}, {"y": layer(other)}, rtol=1e-13)

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import math
 import pickle
 import warnings
 from fractions import Fraction
@@ -170,6 +171,18 @@ def test_capacity_is_the_exact_ceiling(factor, tokens):
     c = MoEConfig(**SIZES, capacity_factor=factor, eval_capacity_factor=2 * factor)
     assert c.capacity(tokens, training=True) == -(-exact.numerator // exact.denominator)
     assert pickle.loads(pickle.dumps(c)).capacity(tokens, training=False) >= c.capacity(tokens, training=True)
+
+
+@pytest.mark.parametrize("factor", [1e-12, 1e-7, 4e-7, 1.5e-7, 6.02e-5])
+def test_a_small_capacity_is_not_none_at_all(factor):
+    c = MoEConfig(**SIZES, capacity_factor=factor)
+    assert c.capacity(10**8, training=True) == math.ceil(Fraction(str(factor)) * 10**8 * 2 / 6) > 0
+    assert c.capacity(0, training=True) == 0
+
+
+@pytest.mark.parametrize("factor", [1e7, 1e30, 1e308])
+def test_a_large_capacity_drops_nothing_and_fits_64_bits(factor):
+    assert 2 * 2**30 <= MoEConfig(**SIZES, capacity_factor=factor).capacity(2**30, training=True) < 2**63
 
 
 def test_unknown_hosts_and_presets_are_refused():

@@ -226,3 +226,32 @@ def test_padding_is_as_if_it_were_not_there(form, device):
     without = layer.forward_with_routing(x)
     torch.testing.assert_close(with_padding.aux_loss, without.aux_loss)
     assert torch.equal(with_padding.tokens_per_expert, without.tokens_per_expert)
+
+
+@pytest.mark.parametrize("shape", [(5, HIDDEN), (2, 3, HIDDEN)], ids=str)
+def test_an_output_that_trains_losses_may_be_changed_in_place(shape, device):
+    layer = make(config({"balance_loss_coefficient": 0.5, "z_loss_coefficient": 0.1}), device)
+    x = torch.randn(shape, device=device, dtype=torch.float64)
+    gradients = []
+    for in_place in (True, False):
+        y = layer(x)
+        y = y.add_(x) if in_place else y + x
+        gradients.append(torch.autograd.grad(y.square().sum(), list(layer.parameters())))
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_losses_train_where_every_token_is_dropped(device):
+    layer = make(config({"balance_loss_coefficient": 0.5}, capacity_factor=0.0), device)
+    x = torch.randn(6, HIDDEN, device=device, dtype=torch.float64)
+    actual = torch.autograd.grad(layer(x).sum(), layer.router.weight)[0]
+    expected = torch.autograd.grad(layer.forward_with_routing(x).aux_loss, layer.router.weight)[0]
+    assert expected.abs().max() > 0 and torch.allclose(actual, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_probabilities_of_16_bits(dtype, form, device):
+    probs = torch.rand(600, 4, device=device).softmax(-1).to(dtype)
+    ids = torch.randint(0, 4, (600, 2), device=device)
+    actual, expected = (losses.balance_loss(p, ids, form) for p in (probs, probs.double()))
+    assert abs(actual.item() / expected.item() - 1) < 1e-5

@@ -368,3 +368,21 @@ def test_bad_input_is_one_sentence(x, kwargs, error, message):
 def test_a_config_must_be_a_config():
     with pytest.raises(TypeError, match="config must be a MoEConfig, got dict"):
         MoE({"hidden_size": 4})
+
+
+@pytest.mark.parametrize("form", ["batch", "global"])
+def test_weights_assigned_over_meta_are_counted(form, device):
+    router = {"expert_bias": True, "balance_loss": form, "balance_loss_coefficient": 0.1}
+    real, layer = make(config(router), device), MoE(config(router), device="meta", dtype=torch.float64)
+    layer.load_state_dict(real.state_dict(), assign=True)
+    x = torch.randn(5, HIDDEN, device=device, dtype=torch.float64)
+    for each in (real, layer):
+        each(x).sum().backward()
+    assert torch.equal(layer.router.tokens_per_expert, real.router.tokens_per_expert)
+    layer.update_expert_bias()
+    assert layer.router.tokens_per_expert.sum() == 0 and layer.router.expert_bias.abs().max() > 0
+
+
+def test_counts_of_a_layer_made_empty_start_at_zero(device):
+    layer = MoE(config({"expert_bias": True}), device="meta").to_empty(device=device)
+    assert torch.equal(layer.router.tokens_per_expert, torch.zeros(EXPERTS, dtype=torch.int64, device=device))

@@ -103,3 +103,38 @@ def test_heatmap(tmp_path):
     shown = panels[0].images[0].get_array()
     assert shown.shape == (EXPERTS, 20) and shown[3, 0] == EXPERTS and shown[0, 0] == 0
     assert monitor.heatmap(statistics).axes
+
+
+def test_closing_again_leaves_the_next_monitor_alone(device):
+    net = model(device)
+    first = monitor.LoadMonitor(net)
+    first.close()
+    second = monitor.LoadMonitor(net)
+    with first:
+        pass
+    with pytest.raises(RuntimeError, match=r"^step\(\) must come before close\(\)"):
+        first.step()
+    net(torch.randn(3, HIDDEN, device=device, dtype=torch.float64))
+    second.step()
+    assert second.counts()["0"].sum() == 3 * TOP_K
+    second.close()
+
+
+def test_a_monitor_made_in_inference_mode_watches_training(device):
+    layer = make("mixtral", device)
+    x = torch.randn(4, HIDDEN, device=device, dtype=torch.float64)
+    with torch.inference_mode():
+        load = monitor.LoadMonitor(layer)
+        layer(x)
+    layer(x).sum().backward()
+    load.step()
+    assert load.counts()[""].sum() == 8 * TOP_K
+    load.close()
+
+
+def test_counts_follow_the_layer(device):
+    layer = make("mixtral", "cpu")
+    with monitor.LoadMonitor(layer):
+        layer.to(device)
+        layer(torch.randn(4, HIDDEN, device=device, dtype=torch.float64))
+        assert layer.load.device == layer.router.weight.device and layer.load.sum() == 4 * TOP_K

@@ -3,7 +3,9 @@
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 
+from fastmoe_cpp import monitor, reference
 from modules.cases import HIDDEN, assert_same, config, make
 
 ROUTER = {
@@ -25,6 +27,36 @@ def train(tokens, group=None):
     layer.update_expert_bias(group)
     assert (layer.router.tokens_per_expert == 0).all()
     return {n: p.grad for n, p in layer.named_parameters()} | {"expert_bias": layer.router.expert_bias}
+
+
+def counted(index, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 2), rank=index, world_size=2)
+    torch.manual_seed(0)
+    layer = make(config(ROUTER | {"balance_loss": "batch"}))
+    load = monitor.LoadMonitor(layer)
+    model = DistributedDataParallel(layer)
+    torch.manual_seed(index)
+    expected = torch.zeros_like(layer.router.tokens_per_expert)
+    for step in range(3):
+        x = torch.randn(5 + 4 * index, HIDDEN, dtype=torch.float64) + step
+        with torch.no_grad():
+            expected += reference_counts(layer, x)
+        model(x).sum().backward()
+    assert torch.equal(layer.router.tokens_per_expert, expected)
+    load.step()
+    assert torch.equal(load.counts()[""][0], expected)
+    dist.destroy_process_group()
+
+
+def reference_counts(layer, x):
+    named = dict(layer.named_parameters()) | dict(layer.named_buffers())
+    return reference.moe(x, named, layer.config).tokens_per_expert
+
+
+def test_data_parallel_ranks_count_their_own_tokens(tmp_path):
+    """DistributedDataParallel spreads rank 0's buffers before every forward pass."""
+    mp.spawn(counted, (str(tmp_path),), nprocs=2)
 
 
 def rank(index, folder):
