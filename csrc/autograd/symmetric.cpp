@@ -39,7 +39,6 @@ struct Dispatch : torch::autograd::Function<Dispatch> {
     ctx->save_for_backward({layout, token_slot, peers});
     ctx->saved_data["space"] = space.vec();
     ctx->saved_data["name"] = std::string(name);
-    ctx->mark_non_differentiable({row_ids, layout, on_host});
     return {rows, row_weights, row_ids, layout, on_host};
   }
 
