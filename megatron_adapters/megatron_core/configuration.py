@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core import activations as host_activations
+from megatron.core import package_info
 
 from fastmoe_cpp import MoEConfig, RouterConfig
 
@@ -185,11 +186,17 @@ def check(config: Any) -> dict[str, Any]:
         raise ArgumentError(
             f"{HOST}: transformer_impl 'inference_optimized' is not honoured, use 'local' or 'transformer_engine'"
         )
-    graphs = {getattr(m, "name", str(m)) for m in getattr(config, "cuda_graph_modules", None) or ()}
-    if partial := sorted(graphs & {"moe_router", "moe_preprocess"}):
+    if getattr(config, "mtp_num_layers", None) and package_info.VERSION[:2] < (0, 18):
+        # its layers tell MoELayer alone, and no subclass, that they are for prediction: their losses' scale and place
         raise ArgumentError(
-            f"{HOST}: cuda_graph_modules {partial} is not honoured: the layer is captured whole or not at all"
+            f"{HOST}: mtp_num_layers needs release 0.18 or newer, got {config.mtp_num_layers} with "
+            f"{'.'.join(map(str, package_info.VERSION[:3]))}"
         )
+    field = "cuda_graph_modules" if hasattr(config, "cuda_graph_modules") else "cuda_graph_scope"  # until 0.17
+    parts = getattr(config, field, None) or ()
+    graphs = {getattr(m, "name", str(m)) for m in (parts.split(",") if isinstance(parts, str) else parts)}
+    if partial := sorted(graphs & {"moe_router", "moe_preprocess"}):
+        raise ArgumentError(f"{HOST}: {field} {partial} is not honoured: the layer is captured whole or not at all")
     offloaded = set(getattr(config, "offload_modules", None) or ()) & {"expert_fc1", "moe_act", "fused_group_mlp"}
     if offloaded and getattr(config, "fine_grained_activation_offloading", False):
         raise ArgumentError(

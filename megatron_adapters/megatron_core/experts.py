@@ -30,6 +30,8 @@ class GroupedLinear(nn.Module):
         for parameter in self.parameters():
             # reduced over the expert-data-parallel group, not over all data-parallel ranks
             parameter.allreduce = False
+            # every tensor-parallel rank's experts are its own, which the norm of gradients asks in these words
+            parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, 0, 1
 
 
 class GroupedExperts(MegatronModule):

@@ -63,36 +63,37 @@ def load_checkpoint(model: Any, optimizer: Any, lr_scheduler: Any, load_arg: str
     Raises FileNotFoundError where the checkpoint has no file for this rank, ValueError naming the tensor where one is
     missing or has another shape; the experts are unchanged then.
     """
-    args, mpu = host.get_args(), host.module("mpu")
-    path, release = _own_file(args, getattr(args, load_arg), mpu.get_data_parallel_rank())
-    state = None
-    if path is not None and any(host.is_expert(parameter) for parameter in host.unwrap(model).parameters()):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"the checkpoint has no experts for data-parallel rank {mpu.get_data_parallel_rank()}: expected {path}"
-            )
+    args, rank = host.get_args(), host.module("mpu").get_data_parallel_rank()
+    folder = getattr(args, load_arg)
+    newest = _newest(folder)
+    state, path = None, ""
+    if rank > 0 and newest is not None and any(host.is_expert(p) for p in host.unwrap(model).parameters()):
+        path = checkpoint_name(folder, *newest)
+        if not os.path.isfile(path):
+            raise FileNotFoundError(f"the checkpoint has no experts for data-parallel rank {rank}: expected {path}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     iteration = native("load_checkpoint")(model, optimizer, lr_scheduler, load_arg, **named)
     if state is not None:
-        _load_experts(host.unwrap(model), state["model"], str(path))
-        whole = not (release or getattr(args, "finetune", False) or getattr(args, "no_load_optim", None))
-        if optimizer is not None and whole:
-            _load_optimizer(optimizer, state.get("optimizer"), str(path))
-        elif optimizer is not None:
-            optimizer.reload_model_params()
+        _load_experts(host.unwrap(model), state["model"], path)
+    if newest is None or optimizer is None:
+        return iteration
+    if newest[1] or getattr(args, "finetune", False) or getattr(args, "no_load_optim", None):
+        # The host loads no optimizer then, and leaves its float32 copies of the weights as they were drawn.
+        optimizer.reload_model_params()
+    elif state is not None:
+        _load_optimizer(optimizer, state.get("optimizer"), path)
     return iteration
 
 
-def _own_file(args: Any, folder: str, rank: int) -> tuple[Path | None, bool]:
-    """The file of this rank in the newest checkpoint; None for rank 0 and where there is no checkpoint."""
+def _newest(folder: str) -> tuple[int, bool] | None:
+    """Iteration of a folder's newest checkpoint, and whether it is a release, which has none; None without one."""
     tracker = Path(folder) / "latest_checkpointed_iteration.txt"
-    if rank == 0 or not tracker.is_file():
-        return None, False
+    if not tracker.is_file():
+        return None
     text = tracker.read_text().strip()
-    release = text == "release"
-    if not release and not text.isdigit():
+    if text != "release" and not text.isdigit():
         raise ValueError(f"{tracker} must hold an iteration or 'release', found {text!r}")
-    return Path(checkpoint_name(folder, 0 if release else int(text), release)), release
+    return (0, True) if text == "release" else (int(text), False)
 
 
 def _experts_of_model(model: nn.Module) -> dict[str, Any]:

@@ -202,6 +202,32 @@ def every_rank_saves_and_loads_its_experts(host: Host, whole: dict, folder: Path
         torch.distributed.barrier()
 
 
+@check
+def weights_loaded_without_their_optimizer_are_the_ones_that_train(host: Host, whole: dict, folder: Path) -> None:
+    """The host's float32 copies were drawn at random, and its load_checkpoint leaves them so on rank 0."""
+    rank = torch.distributed.get_rank()
+    settings = ("--balance-strategy", "gshard", "--loss-scale", "4", "--fp16" if host.version == "2.2" else "--bf16")
+    for how in ("--finetune", "--no-load-optim"):
+        args = host.start(*settings, experts=2)
+        args.save = str(folder / f"without_optimizer{how}")
+        host.build()
+        host.module("training").save_checkpoint(1, host.model, host.optimizer, host.scheduler)
+        saved = _weights(host)
+        args = host.start(*settings, how, experts=2)
+        args.load = str(folder / f"without_optimizer{how}")
+        torch.manual_seed(77)
+        host.build()
+        assert all(torch.equal(parameter, saved[name]) for name, parameter in host.inner().named_parameters())
+        host.train_step([host.data(5 + rank)])
+        for name, parameter in host.inner().named_parameters():
+            assert (parameter - saved[name]).abs().max() < 0.1, name  # a step's length; the random start is further
+            if "experts" not in name:
+                ranks = [torch.empty_like(parameter) for _ in range(2)]
+                torch.distributed.all_gather(ranks, parameter.detach().contiguous())
+                assert torch.equal(*ranks), name
+        torch.distributed.barrier()
+
+
 def _refuses_damaged_files(host: Host, own: Path, rank: int) -> None:
     """One sentence, on the rank whose file it is; here without the other rank, whose load would wait."""
     if rank == 0:

@@ -1,7 +1,9 @@
 """Every field of TransformerConfig about experts, routers or MoE is in the table: honoured, shown by what it does
 beside the host's own layer, or refused by name."""
 
+import contextlib
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -222,4 +224,24 @@ def test_refused(changes, message):
     for name, value in changes.items():
         setattr(c, name, value)
     with pytest.raises(ValueError, match=message):
+        megatron_core.moe_config(c)
+
+
+def test_parts_in_cuda_graphs_are_refused_by_their_older_name():
+    fields = vars(host.config()) | {"cuda_graph_scope": ["attn", "moe_router"]}
+    fields.pop("cuda_graph_modules", None)
+    with pytest.raises(ValueError, match=r"cuda_graph_scope \['moe_router'\] is not honoured"):
+        megatron_core.moe_config(types.SimpleNamespace(**fields))
+
+
+@pytest.mark.parametrize("version, refused", [((0, 17, 1, ""), True), ((0, 18, 0, ""), False), ((1, 0, 0, ""), False)])
+def test_prediction_layers_need_a_host_that_names_them(version, refused, monkeypatch):
+    monkeypatch.setattr("megatron.core.package_info.VERSION", version)
+    c = host.config()
+    c.mtp_num_layers = 1
+    with (
+        pytest.raises(ValueError, match="mtp_num_layers needs release 0.18 or newer, got 1 with 0.17.1")
+        if refused
+        else (contextlib.nullcontext())
+    ):
         megatron_core.moe_config(c)
