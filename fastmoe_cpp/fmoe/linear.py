@@ -11,6 +11,30 @@ from .. import ops
 from .utils import positive
 
 
+class MOELinear:
+    """Rows through the weights of their experts, for modules of one's own."""
+
+    @staticmethod
+    def apply(global_input_buf: Tensor, fwd_expert_count: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """global_input_buf [N, in_feat], in order of expert, to [N, out_feat]; all of one dtype, or autocast's.
+
+        weight is [num_expert, out_feat, in_feat], bias [num_expert, out_feat], fwd_expert_count [num_expert] the rows
+        of each expert, integers on any device. Raises ValueError where they are not N in sum (on the CPU) or not
+        num_expert in number.
+        """
+        if fwd_expert_count.shape != weight.shape[:1]:
+            raise ValueError(
+                f"fwd_expert_count must have shape {list(weight.shape[:1])}, one number an expert, got "
+                f"{list(fwd_expert_count.shape)}"
+            )
+        offsets = torch.zeros(weight.shape[0] + 1, dtype=torch.int32, device=fwd_expert_count.device)
+        offsets[1:] = fwd_expert_count.cumsum(0)
+        rows = global_input_buf.shape[0]
+        if not offsets.is_cuda and int(offsets[-1]) != rows:
+            raise ValueError(f"fwd_expert_count must sum to the number of rows, {rows}, got {int(offsets[-1])}")
+        return ops.grouped_linear(global_input_buf, weight, offsets.to(global_input_buf.device), bias)
+
+
 class FMoELinear(nn.Module):
     """``weight [num_expert, out_feat, in_feat]`` and ``bias [num_expert, out_feat]`` (None with bias=False).
 
@@ -44,18 +68,7 @@ class FMoELinear(nn.Module):
         fwd_expert_count [num_expert] are the rows of each expert, integers on any device. Raises ValueError where they
         are not N in sum (on the CPU) or not num_expert in number.
         """
-        if fwd_expert_count.shape != (self.num_expert,):
-            raise ValueError(
-                f"fwd_expert_count must have shape [{self.num_expert}], one number an expert, got "
-                f"{list(fwd_expert_count.shape)}"
-            )
-        offsets = torch.zeros(self.num_expert + 1, dtype=torch.int32, device=fwd_expert_count.device)
-        offsets[1:] = fwd_expert_count.cumsum(0)
-        if not offsets.is_cuda and int(offsets[-1]) != inp.shape[0]:
-            raise ValueError(
-                f"fwd_expert_count must sum to the number of rows of inp, {inp.shape[0]}, got {int(offsets[-1])}"
-            )
-        return ops.grouped_linear(inp.to(self.weight.dtype), self.weight, offsets.to(inp.device), self.bias)
+        return MOELinear.apply(inp.to(self.weight.dtype), fwd_expert_count, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         """Sizes for repr()."""

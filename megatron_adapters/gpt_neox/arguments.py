@@ -27,6 +27,7 @@ _COMMON = (
 )
 _NOW = (
     Argument(name="moe_num_experts", kind=int, default=1, minimum=1, becomes="num_experts; 1: no MoE layer"),
+    Argument(name="te_fp8_mha", kind=bool, default=False, becomes="the host's attention; not with gpt_j_residual"),
     Argument(name="moe_expert_interval", kind=int, default=1, minimum=1, becomes="every so many layers is MoE"),
     Argument(name="moe_top_k", kind=int, default=1, minimum=1, becomes="top_k"),
     Argument(
@@ -94,6 +95,11 @@ def check(args: Any, era: str) -> dict[str, Any]:
             raise contradiction(
                 HOST, "moe_jitter_eps", values["moe_jitter_eps"], "moe_router_type", "sinkhorn",
                 "only the router 'topk' has jitter",
+            )  # fmt: skip
+        if values["te_fp8_mha"] and values["gpt_j_residual"] and values["moe_num_experts"] > 1:
+            raise contradiction(
+                HOST, "te_fp8_mha", True, "gpt_j_residual", True,
+                "attention beside experts is computed without Transformer Engine's fp8",
             )  # fmt: skip
         if values["moe_num_experts"] % values["model_parallel_size"]:
             raise contradiction(

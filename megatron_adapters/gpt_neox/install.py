@@ -98,6 +98,9 @@ def _checked(build: Callable, era: str) -> Callable:
     @functools.wraps(build)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         neox_args = signature.bind(self, *args, **kwargs).arguments["neox_args"]
+        experts = getattr(neox_args, "moe_num_experts" if era == ERA_NOW else "num_experts", 1)
+        if experts in (1, None):  # nothing of a dense model is ours
+            return build(self, *args, **kwargs)
         values = check(neox_args, era)
         build(self, *args, **kwargs)
         if isinstance(self.mlp, MoEWithLoss):

@@ -12,6 +12,7 @@ from torch import nn
 from fastmoe_cpp.fmoe import FMoE, FMoELinear, FMoETransformerMLP
 from fastmoe_cpp.fmoe.gates import GShardGate, NaiveGate, NoisyGate, ZeroGate
 from fastmoe_cpp.fmoe.layers import _fmoe_general_global_forward
+from fastmoe_cpp.fmoe.linear import MOELinear
 from fastmoe_cpp.fmoe.transformer import _Expert
 
 # --- experts of the user's own ----------------------------------------------------------------------------------------
@@ -258,7 +259,9 @@ def test_linear():
         [F.linear(x[:2], linear.weight[0], linear.bias[0]), F.linear(x[2:], linear.weight[2], linear.bias[2])]
     )
     assert_same(gradients(linear, x, output) | {"y": output}, gradients(linear, x, expected) | {"y": expected})
-    with pytest.raises(ValueError, match="fwd_expert_count must sum to the number of rows of inp, 6, got 5"):
+    assert torch.equal(MOELinear.apply(x, torch.tensor([2, 0, 4]), linear.weight, linear.bias), output)
+    assert_same({"y": MOELinear.apply(x, torch.tensor([0, 6, 0]), linear.weight)}, {"y": F.linear(x, linear.weight[1])})
+    with pytest.raises(ValueError, match="fwd_expert_count must sum to the number of rows, 6, got 5"):
         linear(x, torch.tensor([2, 0, 3]))
     with pytest.raises(ValueError, match=r"fwd_expert_count must have shape \[3\]"):
         linear(x, torch.tensor([2, 4]))

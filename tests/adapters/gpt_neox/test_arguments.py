@@ -15,6 +15,7 @@ FIELDS = {"now": small.COMMON | small.NOW, "moe_loss": small.COMMON | small.MOE_
 # Honoured values and what moe_config makes of them, beside the defaults of FIELDS.
 CHANGES = [
     ("now", {"moe_num_experts": 8}, "num_experts", 8),
+    ("now", {"te_fp8_mha": True}, "num_experts", 4),
     ("now", {"moe_num_experts": 8, "moe_top_k": 3}, "top_k", 3),
     ("now", {"hidden_size": 32}, "hidden_size", 32),
     ("now", {"intermediate_size": 48}, "intermediate_size", 48),
@@ -95,6 +96,11 @@ def test_refused_by_name(era, row):
         ("now", {"moe_top_k": 5}, "--moe-top-k 5 contradicts --moe-num-experts 4"),
         ("now", {"moe_jitter_eps": 0.1}, "--moe-jitter-eps 0.1 contradicts --moe-router-type 'sinkhorn'"),
         ("now", {"model_parallel_size": 3}, "--moe-num-experts 4 contradicts --model-parallel-size 3"),
+        (
+            "now",
+            {"te_fp8_mha": True, "gpt_j_residual": True},
+            "--te-fp8-mha True contradicts --gpt-j-residual True: attention",
+        ),
         ("now", {"activation": "mish"}, "--activation must be one of .*got 'mish'"),
         ("moe_loss", {"activation": "geglu"}, "--activation must be one of .*got 'geglu'"),
         ("moe_loss", {"moe_top_k": 3}, "--moe-top-k must be one of 1, 2, got 3"),

@@ -35,6 +35,16 @@ def expected_output(layer, x):
     return attention + layer.mlp(layer.post_attention_layernorm(attention))[0]
 
 
+def test_a_model_without_experts_may_have_settings_that_experts_lack(era, host):
+    args = host.arguments(moe_num_experts=1, num_experts=1, activation="mish", sequence_parallel=True)
+    try:
+        layer = host.layer(args)
+    except ValueError as error:  # the real host's own opinion of the activation
+        assert "GPT-NeoX: --" not in str(error)
+    else:
+        assert not isinstance(layer.mlp, (gpt_neox.ParallelDroplessMoE, gpt_neox.MoEWithLoss))
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("parallel, tied", [(False, False), (True, False), (True, True)])
 def test_every_path(era, host, parallel, tied, training):
