@@ -161,6 +161,10 @@ def load_block(layer: torch.nn.Module, block: torch.nn.Module) -> None:
     Raises ValueError, and changes nothing, where a tensor is missing on either side or its shape differs.
     """
     source = dict(block.named_parameters()) | dict(block.named_buffers())
+    # a copy to meta does nothing and raises nothing
+    for owner, tensors in (("block", source), ("layer", dict(layer.named_parameters()) | dict(layer.named_buffers()))):
+        if empty := [name for name, tensor in tensors.items() if tensor.is_meta]:
+            raise ValueError(f"the {owner}'s {empty[0]} must be on a real device, it is on meta: it has no values yet")
     # gpt-oss keeps its experts as [E, in, out]
     transposed = "experts.gate_up_proj_bias" in source
     renamed = {

@@ -20,7 +20,17 @@ from .layouts import Layout, layout_of
 from .layouts.base import EXPERT, FLAT, STACK, Entry, config_to_json
 from .rows import Tensor
 from .source import OWN_KEY, Checkpoint, LayerBlock
-from .writer import PartialFolder, Shard, Target, plan_digest, progress_bar, shards_of, write_index, write_text
+from .writer import (
+    JOURNAL,
+    PartialFolder,
+    Shard,
+    Target,
+    plan_digest,
+    progress_bar,
+    shards_of,
+    write_index,
+    write_text,
+)
 
 logger = logging.getLogger("fastmoe_cpp.checkpoint")
 DEFAULT_SHARD = 5_000_000_000
@@ -98,6 +108,10 @@ def write_folder(
     restart: bool, progress: bool, source_layout: str, layout: str, layers: int, notes: tuple[str, ...],
 ) -> Conversion:  # fmt: skip
     """Writes shards, index, config.json and the source's other files, and then gives the folder its name."""
+    beside = other_files(copy_from)
+    if any(file.name == JOURNAL for file in beside):
+        beside = [file for file in beside if file.name != JOURNAL]
+        notes = (*notes, f"{JOURNAL} was not copied: the name is of the record that a conversion keeps of itself")
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     nbytes = sum(tensor.nbytes for tensor in tensors)
     with PartialFolder(target, plan_digest(shards, task), restart) as folder:
@@ -111,7 +125,7 @@ def write_folder(
                     raise
         write_index(folder.path, shards)
         write_text(folder.path / "config.json", json.dumps(config, indent=2) + "\n")
-        for file in other_files(copy_from):
+        for file in beside:
             folder.copy(file)
         folder.finish()
     return Conversion(target, source_layout, layout, layers, len(tensors), nbytes, len(shards), resumed, notes)

@@ -14,7 +14,7 @@ from typing import Any
 from .. import hosts
 from ..config import MoEConfig, RouterConfig
 from .errors import ConfigError, LayoutError
-from .layouts.base import effective_renormalize
+from .layouts.base import chooses_alike, effective_renormalize
 
 _COMMON = {"hidden_act": "silu", "initializer_range": 0.02}
 _DEFAULTS: dict[str, dict[str, Any]] = {
@@ -135,7 +135,7 @@ def extra_layers(config: Mapping[str, Any]) -> int:
 def canonical(moe: MoEConfig) -> MoEConfig:
     """What evaluation computes: without training's settings, storage, and differences that change no number."""
     router = moe.router
-    after = router.scores_after_topk and not (router.score_function == "softmax")
+    after = router.scores_after_topk and not (router.score_function == "softmax" and chooses_alike(moe))
     groups = router.num_groups > 1
     plain = RouterConfig(
         score_function=router.score_function,

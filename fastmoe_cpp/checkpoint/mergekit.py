@@ -28,11 +28,16 @@ def empty_shared_gate(name: str, found: Sequence[int], hidden_size: int) -> Shap
     )  # fmt: skip
 
 
+def generator_of(seed: int, layer: int) -> torch.Generator:
+    """What draws a layer's own weights, whatever the size of the seed."""
+    return torch.Generator().manual_seed(((seed << 20) + layer) % 2**63)
+
+
 def draw_shared_gate(
     name: str, hidden_size: int, dtype: torch.dtype, std: float, layer: int, seed: int
 ) -> torch.Tensor:
     """[1, H] from a normal distribution of that standard deviation, by layer and seed, with a warning in the log."""
-    generator = torch.Generator().manual_seed((seed << 20) + layer)
+    generator = generator_of(seed, layer)
     logger.warning(
         "%s had no row and was drawn anew from a normal distribution of standard deviation %g (seed %d): the shared "
         "expert's gate is untrained", name, std, seed,

@@ -92,6 +92,10 @@ def plan(
         notes += trunk_megatron.notes(hf_config)
         return trunk_megatron.from_hf(view, hf_config, target.name == "megatron_grouped"), notes
     if hugging_face and forward is not None:
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        if (hf_config or {}).get("tie_word_embeddings") and embedding in view and head not in view:
+            view[head] = view[embedding]
+            notes.append("the model is tied: TorchTitan's output layer is written as a second copy of its embedding")
         view = {_one(name, *forward, "model.layers", "layers"): tensor for name, tensor in view.items()}
         missing = [name for name in view if name.startswith("model.")]
         if missing:

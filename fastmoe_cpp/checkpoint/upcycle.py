@@ -24,6 +24,7 @@ from .errors import ArgumentError, ConfigError, LayoutError, ShapeError
 from .files import TORCH_DTYPES
 from .layouts import layout_of
 from .layouts.base import EXPERT, STACK, Entry
+from .mergekit import generator_of
 from .writer import Target, shards_of
 
 MODES = ("copy", "split", "merge")
@@ -106,8 +107,10 @@ class _Upcycling:
                 f"{{granularity}} belongs to {{mode}} 'split', got {granularity} for {{mode}} {mode!r}",
                 found=granularity,
             )
-        if not router_std >= 0:
-            raise ArgumentError(f"{{router_std}} must be a number of at least 0, got {router_std!r}", found=router_std)
+        if not 0 <= router_std <= 1000:
+            raise ArgumentError(
+                f"{{router_std}} must be a number between 0 and 1000, got {router_std!r}", found=router_std
+            )
         if mode == "merge" and num_experts not in (None, len(others)):
             raise ArgumentError(
                 f"{{num_experts}} must be {len(others)}, the number of models given as {{experts}}, got {num_experts}",
@@ -204,7 +207,7 @@ class _Upcycling:
         if entry.parts in (("router",), ("shared_scale",)):
             weight = torch.zeros(entry.shape(self.moe))
             if entry.parts == ("router",):
-                weight.normal_(0.0, self.std, generator=torch.Generator().manual_seed((self.seed << 20) + layer))
+                weight.normal_(0.0, self.std, generator=generator_of(self.seed, layer))
             yield tensor_bytes(weight.to(TORCH_DTYPES[dtype]).contiguous())
             return
         for e in range(self.experts) if entry.over == STACK else (expert or 0,):

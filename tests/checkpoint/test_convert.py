@@ -25,6 +25,7 @@ from fastmoe_cpp.checkpoint import (
     LayoutError,
     MissingTensorError,
     ShapeError,
+    UnsafeFileError,
     convert,
     inspect,
     load_moe,
@@ -404,3 +405,21 @@ def test_safetensors_is_asked_for_in_one_sentence(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], env=ENVIRONMENT, capture_output=True, text=True)
     assert done.returncode == 1 and "not installed: pip install safetensors" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_is_refused_is_refused_before_any_weight(tmp_path):
+    source = make.checkpoint(tmp_path / "source", "qwen3_moe")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (source / "tokenizer.json").symlink_to(tmp_path / "tokenizer.json")
+    with pytest.raises(UnsafeFileError, match="tokenizer.json: must lie inside"):
+        convert(source, tmp_path / "out", "qwen3_moe_packed")
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+def test_a_source_s_file_named_as_the_journal_is_left_out_and_said(tmp_path):
+    source = make.checkpoint(tmp_path / "source", "qwen3_moe")
+    for name in ("journal.jsonl", "tokenizer.json"):
+        (source / name).write_text("{}")
+    done = convert(source, tmp_path / "out", "qwen3_moe_packed")
+    assert (tmp_path / "out" / "tokenizer.json").is_file() and not (tmp_path / "out" / "journal.jsonl").exists()
+    assert [note for note in done.notes if note.startswith("journal.jsonl was not copied")]

@@ -8,8 +8,8 @@ import json
 import pytest
 import torch
 
-from fastmoe_cpp import MoE
-from fastmoe_cpp.checkpoint import LAYOUTS, Checkpoint, CheckpointError, LayoutError, convert, load_moe
+from fastmoe_cpp import MoE, MoEConfig, RouterConfig, reference
+from fastmoe_cpp.checkpoint import LAYOUTS, Checkpoint, CheckpointError, LayoutError, convert, families, load_moe
 
 from . import make
 
@@ -118,6 +118,81 @@ def test_a_curve_that_megatron_lacks_is_refused(tmp_path):
     for layout in ("megatron_grouped", "megatron_sequential"):
         with pytest.raises(LayoutError, match=r"activation_alpha = 1.5 \(quick_gelu's is 1.702\)"):
             convert(source, tmp_path / "out", layout)
+
+
+ROUTED = {
+    "plain": {},
+    "bias": {"expert_bias": True},
+    "best of groups": {"num_groups": 4, "topk_groups": 2, "group_score": "max"},
+    "best two of groups": {"num_groups": 4, "topk_groups": 2, "group_score": "top2_sum"},
+}
+
+
+@pytest.mark.parametrize("case", ROUTED)
+def test_a_softmax_over_the_chosen_is_a_renormalised_one_where_both_choose_alike(case):
+    """By what the reference computes of both."""
+    after, before = (
+        MoEConfig(6, 4, 8, 4, router=RouterConfig(scores_after_topk=after, renormalize=not after, **ROUTED[case]))
+        for after in (True, False)
+    )
+    torch.manual_seed(0)
+    weights = {
+        "router.weight": torch.randn(8, 6, dtype=torch.float64),
+        "experts.gate_up_proj": torch.randn(8, 8, 6, dtype=torch.float64),
+        "experts.down_proj": torch.randn(8, 6, 4, dtype=torch.float64),
+    }
+    if "expert_bias" in ROUTED[case]:
+        weights["router.expert_bias"] = torch.rand(8, dtype=torch.float64)
+    x = torch.randn(200, 6, dtype=torch.float64)
+    one, other = (reference.moe(x, weights, config).hidden_states for config in (after, before))
+    alike = torch.allclose(one, other, rtol=1e-9)
+    assert alike == (case in ("plain", "best of groups"))
+    assert (families.differences(after, before) == []) == alike
+    assert (LAYOUTS["torchtitan"].refusals(MoEConfig(6, 4, 8, 4, router=after.router)) == []) == (case == "plain")
+
+
+def test_sums_of_a_group_s_best_are_of_logits_in_megatron():
+    def refusals(**router) -> list[str]:
+        config = MoEConfig(6, 4, 8, 4, router=RouterConfig(**ROUTED["best two of groups"], **router))
+        return LAYOUTS["megatron_grouped"].refusals(config)
+
+    assert refusals(renormalize=True) == ["renormalize = True with group_score = 'top2_sum' of softmax scores"]
+    assert refusals(renormalize=False) == refusals(scores_after_topk=True) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"router": RouterConfig(expert_bias=True)}, "expert_bias = True with softmax scores"),
+        ({"router": RouterConfig(bias=True)}, "router.bias = True where bias is False"),
+        ({"bias": True}, "router.bias = False where bias is True"),
+        ({"bias": True, "router": RouterConfig(bias=True), "shared_intermediate_size": 5}, "bias = True with shared"),
+    ],
+)
+def test_what_megatron_core_has_no_parameter_for_is_refused(changes, words):
+    assert any(
+        reason.startswith(words) for reason in LAYOUTS["megatron_sequential"].refusals(MoEConfig(6, 4, 8, 2, **changes))
+    )
+
+
+def test_torchtitan_0_3_weights_no_input():
+    config = MoEConfig(6, 4, 8, 2, weight_on_input=True)
+    assert LAYOUTS["torchtitan_0_3"].refusals(config) == ["weight_on_input = True"]
+    assert LAYOUTS["torchtitan"].refusals(config) == []
+    assert "score_before_experts" not in LAYOUTS["torchtitan_0_3"].host_arguments(MoEConfig(6, 4, 8, 2))
+
+
+@pytest.mark.parametrize(("layout", "head"), [("torchtitan", "output.weight"), ("torchtitan_0_3", "lm_head.weight")])
+def test_a_tied_model_gets_its_output_layer_in_torchtitan(layout, head, tmp_path):
+    source = make.checkpoint(tmp_path / "source", "qwen3_moe")
+    (source / "config.json").write_text(json.dumps(make.CONFIGS["qwen3_moe"] | {"tie_word_embeddings": True}))
+    tensors = make.read(source)
+    tensors.pop("lm_head.weight", None)
+    tied = make.write(tmp_path / "tied", tensors, make.CONFIGS["qwen3_moe"] | {"tie_word_embeddings": True})
+    done = convert(tied, tmp_path / "out", layout)
+    written = make.read(tmp_path / "out")
+    assert torch.equal(written[head], written["tok_embeddings.weight"])
+    assert any("tied" in note for note in done.notes)
 
 
 def test_host_arguments_say_what_weights_do_not(converted):

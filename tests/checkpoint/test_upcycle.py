@@ -10,6 +10,7 @@ import torch
 from fastmoe_cpp import MoE
 from fastmoe_cpp.__main__ import main
 from fastmoe_cpp.checkpoint import Checkpoint, CheckpointError, ConfigError, LayoutError, load_moe, upcycle
+from fastmoe_cpp.checkpoint.mergekit import generator_of
 
 from . import make
 
@@ -164,7 +165,9 @@ def test_the_command(tmp_path, capsys):
         ({"num_experts": 4, "to": "olmoe"}, "becomes a mixtral or qwen2_moe one"),
         ({"num_experts": 4, "to": "mixtrel"}, "the layout must be one of"),
         ({"num_experts": 4, "shared_size": 4}, "shared_size belongs to qwen2_moe"),
-        ({"num_experts": 4, "router_std": float("nan")}, "router_std must be a number of at least 0"),
+        ({"num_experts": 4, "router_std": float("nan")}, "router_std must be a number between 0 and 1000"),
+        ({"num_experts": 4, "router_std": float("inf")}, "router_std must be a number between 0 and 1000"),
+        ({"num_experts": 4, "router_std": 1e39}, "router_std must be a number between 0 and 1000"),
     ],
 )
 def test_settings_that_are_refused(tmp_path_factory, options, words):
@@ -194,3 +197,9 @@ def test_models_that_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"gate_proj.weight must have shape \[25, 16\], it has \[24, 16\]"):
         upcycle(tmp_path / "qwen", tmp_path / "moe", num_experts=4)
     assert not (tmp_path / "moe").exists()
+
+
+@pytest.mark.parametrize("seed", [2**43, 35184372088832, 2**63 - 1])
+def test_any_seed_of_torch_draws(seed):
+    assert generator_of(seed, 3).initial_seed() == ((seed << 20) + 3) % 2**63
+    assert generator_of(7, 3).initial_seed() == (7 << 20) + 3

@@ -262,7 +262,7 @@ def test_unknown_fields_come_before_the_layout(tmp_path, capsys, kind):
          "--granularity must divide the dense model's intermediate_size = 12, got 5"),
         ({"num_experts": 4, "mode": "split", "granularity": 0}, "granularity must be an integer of at least 1, got 0",
          "--granularity must be an integer of at least 1, got 0"),
-        ({"num_experts": 4, "router_std": -1.0}, "router_std must be a number", "--router-std must be a number of at"),
+        ({"num_experts": 4, "router_std": -1.0}, "router_std must be a number", "--router-std must be a number be"),
         ({"num_experts": 4, "shared_size": 4}, "shared_size belongs to qwen2_moe, got 4 for mixtral",
          "--shared-size belongs to qwen2_moe, got 4 for mixtral"),
         ({"num_experts": 4, "shared_size": 13, "to": "qwen2_moe"}, "shared_size must be at most the dense",

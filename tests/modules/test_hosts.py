@@ -221,3 +221,12 @@ def test_balance_loss_over_layers(masked, device):
     ours = torch.autograd.grad(loss, logits)
     for a, b in zip(ours, torch.autograd.grad(expected, logits), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("empty", ["layer", "block"])
+def test_weights_without_values_are_refused(empty):
+    kind, config = FAMILIES["mixtral"]
+    block = kind(config())
+    layer = MoE(MoEConfig.from_hf(config()), device="meta" if empty == "layer" else None)
+    with pytest.raises(ValueError, match=f"^the {empty}'s .* must be on a real device, it is on meta"):
+        layer.load_hf_block(block.to("meta") if empty == "block" else block)

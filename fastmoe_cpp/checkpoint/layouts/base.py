@@ -162,6 +162,12 @@ def effective_renormalize(config: MoEConfig) -> bool:
     return config.router.renormalize or after
 
 
+def chooses_alike(config: MoEConfig) -> bool:
+    """Whether logits and their softmax choose the same experts: not with a bias added to either, nor by sums of two."""
+    router = config.router
+    return not router.expert_bias and (router.num_groups == 1 or router.group_score == "max")
+
+
 def config_to_json(config: MoEConfig) -> dict[str, Any]:
     """MoEConfig as JSON: nested, dtypes by name."""
     import dataclasses

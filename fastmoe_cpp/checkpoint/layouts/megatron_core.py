@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...config import MoEConfig
-from .base import EXPERT, Entry, Layout, effective_renormalize, routing_refusals
+from .base import EXPERT, Entry, Layout, chooses_alike, effective_renormalize, routing_refusals
 
 # activation_func, gated_linear_unit
 _ACTIVATIONS = {
@@ -60,7 +60,9 @@ class MegatronGrouped(Layout):
         return self.anchor in names and self.fc1.format(kind="weight", e=0) in names
 
     def refusals(self, config: MoEConfig) -> list[str]:
-        """A sigmoid router normalises always; groups count their best top_k / topk_groups; quick_gelu has one alpha."""
+        """A sigmoid router normalises always, a softmax over the chosen chooses by logits and takes no selection bias;
+        add_bias_linear is of experts and router; groups count their best top_k / topk_groups; quick_gelu has one alpha.
+        """
         router = config.router
         refused = super().refusals(config) + routing_refusals(
             config, score_function=None, scaling_factor=None, num_groups=None, activation=None,
@@ -71,6 +73,15 @@ class MegatronGrouped(Layout):
                 refused.append(f"renormalize = False with {router.score_function} scores")
             if router.scores_after_topk:
                 refused.append(f"scores_after_topk = True with {router.score_function} scores")
+        else:
+            if router.expert_bias:
+                refused.append("expert_bias = True with softmax scores")
+            if router.renormalize and not router.scores_after_topk and not chooses_alike(config):
+                refused.append(f"renormalize = True with group_score = {router.group_score!r} of softmax scores")
+        if router.bias != config.bias:
+            refused.append(f"router.bias = {router.bias} where bias is {config.bias}")
+        if config.bias and config.shared_intermediate_size is not None:
+            refused.append("bias = True with shared experts")
         if config.activation == "clamped_swiglu" and config.activation_alpha != 1.702:
             refused.append(f"activation_alpha = {config.activation_alpha} (quick_gelu's is 1.702)")
         if router.num_groups > 1:

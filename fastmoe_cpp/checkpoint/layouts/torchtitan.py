@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ...config import MoEConfig
-from .base import STACK, Entry, Layout, effective_renormalize, routing_refusals
+from .base import STACK, Entry, Layout, chooses_alike, effective_renormalize, routing_refusals
 
 
 class TorchTitan(Layout):
@@ -45,7 +45,9 @@ class TorchTitan(Layout):
         shared = config.shared_intermediate_size
         if shared is not None and shared % config.intermediate_size:
             refused.append(f"shared experts of width {shared}, no multiple of {config.intermediate_size}")
-        if config.router.scores_after_topk and config.router.score_function != "softmax":
+        if config.router.scores_after_topk and not (
+            config.router.score_function == "softmax" and chooses_alike(config)
+        ):
             refused.append("scores_after_topk = True")
         return refused
 
@@ -76,3 +78,11 @@ class TorchTitan03(TorchTitan):
         "down": "moe.routed_experts.inner_experts.w2_EDF",
     }
     expert_bias = "moe.expert_bias_E"
+
+    def refusals(self, config: MoEConfig) -> list[str]:
+        """0.3 multiplies outputs alone."""
+        return super().refusals(config) + (["weight_on_input = True"] if config.weight_on_input else [])
+
+    def host_arguments(self, config: MoEConfig) -> dict[str, Any]:
+        """Fields of 0.2's MoEArgs, as far as 0.3 has what they say."""
+        return {k: v for k, v in super().host_arguments(config).items() if k != "score_before_experts"}
