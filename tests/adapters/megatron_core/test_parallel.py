@@ -6,11 +6,10 @@ import multiprocessing
 import pytest
 import torch
 import torch.distributed as dist
-from megatron.core.tensor_parallel.layers import param_is_not_tensor_parallel_duplicate
 from support.ranks import run_ranks
 
 from . import host
-from .host import dist_checkpointing, parallel_state
+from .host import dist_checkpointing, parallel_state, tensor_parallel_layers
 
 CASES = {
     "plain": {},
@@ -122,7 +121,8 @@ def with_tensor_parallelism(rank: int):
     assert layer.router.weight.sequence_parallel
     # the norm of gradients counts every rank's experts: before 0.19 it asks for the group around the experts
     for parameter in layer.experts.parameters():
-        assert param_is_not_tensor_parallel_duplicate(parameter, parallel_state.get_tensor_model_parallel_group())
+        group = parallel_state.get_tensor_model_parallel_group()
+        assert tensor_parallel_layers.param_is_not_tensor_parallel_duplicate(parameter, group)
     x = inputs()[0].chunk(2, dim=0)[rank]
     x = x.clone().requires_grad_()
     output, _ = layer(x)
