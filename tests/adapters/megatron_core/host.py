@@ -30,7 +30,6 @@ with warnings.catch_warnings():
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec_for_backend
     from megatron.core.process_groups_config import ProcessGroupCollection
-    from megatron.core.tensor_parallel import layers as tensor_parallel_layers
     from megatron.core.tensor_parallel.random import CudaRNGStatesTracker
     from megatron.core.transformer.moe.moe_layer import MoELayer
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, RandomSTEShared, get_default_pg_collection
